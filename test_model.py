@@ -1,0 +1,726 @@
+"""All tests: `pytest test_model.py`. They need no GPU, no network and no data set, and do a little
+more where ./data holds CIFAR-10 or CUDA is there."""
+
+import csv
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import functional as TF
+from torchvision.transforms.functional import to_pil_image
+
+import data
+import model
+import train
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+OPTIMIZERS = ("sgd", "adam", "adagrad", "asgd")
+has_cifar10 = (HERE / "data" / CIFAR10.base_folder).exists()
+
+
+# ---- the command line, run in fresh processes ----------------------------------------------------
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_model"])  # import PyTorch once, not in each of fifty runs
+
+
+def run_main(folder: Path, argv: list[str], hook=None) -> None:
+    os.chdir(folder)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    splits = data.synthetic()  # of which ten images are enough here
+    data.synthetic = lambda: [data.Split(*(tensor[:10] for tensor in split)) for split in splits]
+    sys.argv = ["train.py", *argv]
+    if hook:
+        hook[0](*hook[1:])
+    train.main()
+
+
+def begin(folder: Path, *argv: str, hook=None):
+    """Start train.py in `folder`; `hook` is a function to call before it, and its arguments."""
+    process = FORKS.Process(target=run_main, args=(folder, [*map(str, argv)], hook))
+    process.start()
+    return process
+
+
+def finish(process, folder: Path) -> SimpleNamespace:
+    process.join(120)
+    assert process.exitcode is not None, "still running after two minutes"
+    out, err = ((folder / name).read_text() for name in ("stdout", "stderr"))
+    return SimpleNamespace(code=process.exitcode, out=out, err=err)
+
+
+def call(folder: Path, *argv: str, hook=None) -> SimpleNamespace:
+    return finish(begin(folder, *argv, hook=hook), folder)
+
+
+SHORT = (
+    "--data synthetic --bs 4 --iters 5 --log-every 2 --ckpt-every 2 --eval-every 4 --device cpu"
+).split()
+NAME = "sgd_lr0.3_bs4_step8000_iters5_synthetic_seed0"
+
+
+def assert_one_line_error(result: SimpleNamespace, code: int, *words: str) -> None:
+    assert result.code == code, result.err
+    assert re.fullmatch(r"train\.py: [^\n]+\n", result.err), result.err
+    for word in words:
+        assert word in result.err
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """The files of LOGS: weights as they are, logs without their last column, the seconds."""
+    paths = [path for path in (folder / "logs").iterdir() if path.suffix != ".lock"]
+    files = {path.name: path.read_bytes() for path in paths}
+    logs = {name: text for name, text in files.items() if name.endswith(".csv")}
+    return {**files, **{name: re.sub(rb",[^,\n]*\n", b"\n", logs[name]) for name in logs}}
+
+
+# ---- the network (report, Model Architecture) ----------------------------------------------------
+
+
+def test_parameter_counts():
+    network = model.ResNet()
+    counts = {name: model.count_parameters(child) for name, child in network.named_children()}
+    assert counts == {"stem": 928, "layer1": 55_680, "layer2": 427_648, "layer3": 1_116_416,
+                      "layer4": 3_280_384, "pool": 0, "linear": 2_570}  # fmt: skip
+    assert model.count_parameters(network) == 4_883_626
+    assert model.count_parameters(model.ResNet(project_layer1=True)) == 4_886_890
+
+
+def test_shapes():
+    network = model.ResNet()
+    shapes = []
+    for child in network.children():
+        child.register_forward_hook(lambda module, inputs, output: shapes.append([*output.shape]))
+    network(torch.rand(2, 3, 32, 32))
+    assert shapes == [[2, 32, 32, 32], [2, 32, 32, 32], [2, 64, 16, 16], [2, 128, 8, 8],
+                      [2, 256, 4, 4], [2, 256, 1, 1], [2, 10]]  # fmt: skip
+
+
+def test_skips_and_strides():
+    network = model.ResNet()
+    layers = [network.layer1, network.layer2, network.layer3, network.layer4]
+    assert [len(layer) for layer in layers] == [3, 6, 4, 3]
+    for number, layer in enumerate(layers, start=1):
+        for i, block in enumerate(layer):
+            down = number > 1 and i == 0
+            assert block.conv1[0].stride == ((2, 2) if down else (1, 1))
+            assert block.conv2[0].stride == (1, 1)
+            assert isinstance(block.skip, torch.nn.Sequential if down else torch.nn.Identity)
+            if down:
+                assert block.skip[0].kernel_size == (1, 1) and block.skip[0].stride == (2, 2)
+    assert all(isinstance(b.skip, torch.nn.Sequential) for b in model.ResNet(True).layer1)
+
+
+def test_block_adds_its_skip():
+    block = model.BasicBlock(8, 8).eval()
+    torch.nn.init.zeros_(block.conv2[0].weight)  # the residual branch now gives zero
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(block(x), x.relu())
+    down = model.BasicBlock(8, 16, stride=2, project=True).eval()
+    torch.nn.init.zeros_(down.conv2[0].weight)
+    assert torch.equal(down(x), down.skip(x).relu())
+
+
+def test_no_bias_but_the_linear_one_and_default_initialisation():
+    network = model.ResNet()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.bias is None
+            bound = 1 / math.sqrt(module.weight[0].numel())  # Kaiming uniform with a = sqrt(5)
+            assert 0.9 * bound < module.weight.abs().max() <= bound
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    assert network.linear.bias.shape == (10,)
+
+
+def test_parameter_table(capsys):
+    model.main()
+    table = capsys.readouterr().out
+    assert re.search(r"layer2\.0\.skip\.0\.weight +64x32x1x1 +2,048\n", table)
+    assert re.search(r"\ntotal +4,883,626\n$", table)
+
+
+# ---- the data ------------------------------------------------------------------------------------
+
+
+def images_and_labels(n: int, seed: int = 0) -> data.Split:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return data.Split(images, torch.randint(10, (n,), generator=generator))
+
+
+def test_augmentation_equals_torchvision_to_the_bit():
+    images = images_and_labels(162).images
+    cases = torch.tensor([*itertools.product(range(9), range(9), range(2))]).T
+    plan = torch.cat([torch.randperm(162)[None], cases])
+    batch = data.augment(data.crop_windows(images), plan)
+    assert batch.dtype == torch.float32 and batch.is_contiguous(memory_format=torch.channels_last)
+    for ours, (index, top, left, flip) in zip(batch, plan.T.tolist()):
+        expected = TF.crop(TF.pad(to_pil_image(images[index]), 4), top, left, 32, 32)
+        expected = TF.to_tensor(TF.hflip(expected) if flip else expected)
+        assert torch.equal(ours, expected)
+
+
+def test_scale_equals_torchvision_to_the_bit():
+    every = torch.arange(256, dtype=torch.uint8).expand(3, 16, 256)
+    assert torch.equal(data.scale(every[None])[0], TF.to_tensor(to_pil_image(every)))
+
+
+def chi_square(values, cells: int) -> float:
+    """Chi-square of uniformity in standard deviations from its mean."""
+    counts = torch.bincount(values, minlength=cells).double()
+    expected = len(values) / cells
+    surplus = ((counts - expected) ** 2 / expected).sum() - (cells - 1)
+    return float(surplus) / math.sqrt(2 * (cells - 1))
+
+
+def test_augmentation_is_uniform_and_independent():
+    plans = [data.epoch_plan(images_and_labels(50_000), seed=3, epoch=e) for e in range(4)]
+    _, top, left, flip = torch.cat(plans, dim=1)
+    assert chi_square(top, 9) < 4 and chi_square(left, 9) < 4 and chi_square(flip, 2) < 4
+    # Together, and with the next image's: every combination is as frequent as every other.
+    assert chi_square(18 * top + 2 * left + flip, 162) < 4
+    for values, cells in ((top, 9), (left, 9), (flip, 2)):
+        assert chi_square(cells * values[:-1:2] + values[1::2], cells**2) < 4
+    assert chi_square(9 * plans[0][1] + plans[1][1], 81) < 4  # and with the next epoch's
+
+
+def test_epoch_shows_each_image_once_in_an_order_of_its_own():
+    split = images_and_labels(1000)
+    plan = data.epoch_plan(split, seed=0, epoch=0)
+    assert plan.shape == (4, 1000) and plan.dtype == torch.int64
+    batches = plan.split(128, dim=1)
+    assert [batch.shape[1] for batch in batches] == [128] * 7 + [104]  # the short one is kept
+    assert torch.equal(torch.cat([b[0] for b in batches]).sort().values, torch.arange(1000))
+    assert torch.equal(plan, data.epoch_plan(split, seed=0, epoch=0))
+    # 2^32 apart in (seed << 32) + epoch would be the same to a 32-bit generator.
+    others = [(0, 1), (1, 0), (2, 1), (1, 2), (2**32 - 1, 0)]
+    plans = [plan] + [data.epoch_plan(split, *pair) for pair in others]
+    for a, b in itertools.combinations(plans, 2):
+        assert all((a[row] != b[row]).float().mean() > 0.3 for row in range(4))
+
+
+def test_plan_does_not_touch_the_global_generator():
+    state = torch.get_rng_state()
+    data.epoch_plan(images_and_labels(10), 0, 0)
+    data.synthetic()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_synthetic_images_are_learnable():
+    (images, labels), (test_images, test_labels) = data.load("synthetic", CPU)
+    assert images.shape == (1000, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.bincount().tolist() == [100] * 10 and test_labels.bincount().tolist() == [20] * 10
+    means = torch.stack([images[labels == label].float().mean(0) for label in range(10)])
+    nearest = torch.cdist(test_images.float().flatten(1), means.flatten(1)).argmin(1)
+    assert (nearest == test_labels).float().mean() > 0.95
+
+
+def test_data_errors(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    with pytest.raises(data.DataError, match="no download .*no network"):
+        data.load(str(tmp_path), CPU)
+    (tmp_path / "file").touch()
+    with pytest.raises(data.DataError, match="no CIFAR-10 in .*file"):
+        data.load(str(tmp_path / "file"), CPU)
+    (tmp_path / CIFAR10.base_folder).mkdir()
+    (tmp_path / CIFAR10.base_folder / "data_batch_1").write_bytes(b"damaged")
+    with pytest.raises(data.DataError, match="checksums are wrong.*delete it"):
+        data.load(str(tmp_path), CPU)
+    assert (tmp_path / CIFAR10.base_folder / "data_batch_1").read_bytes() == b"damaged"
+
+
+def test_figure_1(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "figure1.png"
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data", "synthetic", "--out", str(target)])
+    data.main()
+    assert target.read_bytes().startswith(b"\x89PNG")
+    labels = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck"
+    assert labels in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_cifar10, reason="no CIFAR-10 in ./data")
+def test_real_cifar10():
+    training, test = data.load(str(HERE / "data"), CPU)
+    assert training.labels.bincount().tolist() == [5000] * 10
+    assert test.labels.bincount().tolist() == [1000] * 10
+    reference = CIFAR10(str(HERE / "data"), train=True)
+    for i in (0, 12_345, 49_999):
+        image, label = reference[i]
+        assert torch.equal(data.scale(training.images[i : i + 1])[0], TF.to_tensor(image))
+        assert training.labels[i] == label
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def config(*argv: str) -> dict:
+    return train.settings(train.parse_args([*map(str, argv)]))
+
+
+def test_defaults_are_the_reports():
+    assert config() == {"optimizer": "sgd", "lr0": 0.3, "bs": 128, "step": 8000, "gamma": 0.2,
+                        "momentum": 0.9, "betas": "", "wd": 1e-4, "iters": 32_000, "seed": 0,
+                        "data": "cifar10", "precision": "tf32"}  # fmt: skip
+    assert list(config()) == train.COLUMNS[:12]
+    assert config("--optimizer", "adam")["betas"] == "0.7 0.7"
+
+
+def test_name_tells_every_setting():
+    assert train.run_name(config()) == "sgd_lr0.3_bs128_step8000_seed0"
+    name = train.run_name(config("--step", 10_000, "--iters", 64_000, "--precision", "bf16"))
+    assert name == "sgd_lr0.3_bs128_step10000_iters64000_bf16_seed0"
+    adam = ("--optimizer", "adam", "--betas", 0.9, 0.999)
+    assert train.run_name(config(*adam)) == "adam_lr0.3_bs128_step8000_betas0.9-0.999_seed0"
+    changes = ["--optimizer asgd", "--lr 0.1", "--lr 0.30000001", "--bs 64", "--step 5000",
+               "--gamma 0.5", "--momentum 0.8", "--wd 0", "--iters 100", "--seed 1",
+               "--data synthetic", "--precision fp32"]  # fmt: skip
+    names = {train.run_name(config(*change.split())) for change in changes}
+    assert len(names | {train.run_name(config())}) == len(changes) + 1
+    # What an optimizer does not have changes neither its configuration nor its name.
+    assert config("--betas", 0.5, 0.5) == config()
+    assert config(*adam, "--momentum", 0.5) == config(*adam)
+
+
+BAD_FLAGS = [
+    "--lr abc", "--lr nan", "--lr inf", "--lr -1", "--lr=", "--bs 0", "--bs 1.5", "--bs -3",
+    "--step 0", "--iters 0", "--iters 1e3", "--gamma 1.1", "--gamma -0.1", "--momentum 2",
+    "--betas 0.9", "--betas 0.9 1", "--wd -1e-4", "--seed -1", f"--seed {2**32}", "--log-every 0",
+    "--eval-every 0", "--ckpt-every 0", "--optimizer lion", "--precision fp8", "--device tpu",
+    "--device cuda:x", "--learning-rate 0.1", "--optim sgd", "stray",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.parse_args(flags.split())
+    assert error.value.code == 2
+    assert re.fullmatch(r"[^\n]+--help\)\n", capsys.readouterr().err)
+
+
+def test_learning_rate_decay():
+    row = config("--lr", 0.3, "--step", 8000)
+    expected = {0: 0.3, 7999: 0.3, 8000: 0.06, 15_999: 0.06, 16_000: 0.012, 31_999: 0.0024}
+    for t, lr in expected.items():
+        assert train.decayed_lr(row, t) == pytest.approx(lr, rel=1e-12)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def two_steps_by_hand(optimizer: str, w, gradients, lr: float, wd: float):
+    """The update formulas of the four optimizers, written out."""
+    state, eta = 0.0, lr
+    first, second = 0.0, 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient + wd * w
+        if optimizer == "sgd":
+            state = 0.9 * state + g
+            w = w - lr * state
+        elif optimizer == "adam":
+            first, second = 0.7 * first + 0.3 * g, 0.7 * second + 0.3 * g**2
+            w = w - lr * (first / (1 - 0.7**t)) / ((second / (1 - 0.7**t)).sqrt() + 1e-8)
+        elif optimizer == "adagrad":
+            state = state + g**2
+            w = w - lr * g / (state.sqrt() + 1e-10)
+        else:  # no average is taken before t0 = 1e6
+            w = w * (1 - 1e-4 * eta) - eta * g
+            eta = lr / (1 + 1e-4 * lr * t) ** 0.75
+    return w
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_first_two_steps_of_each_optimizer(optimizer):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
+    for wd in (1e-4, 0.1):  # the second is large enough to be seen if it were misplaced
+        w = start.clone().requires_grad_()
+        settings = config("--optimizer", optimizer, "--lr", 0.1, "--wd", wd)
+        stepper = train.make_optimizer(settings, [w], CPU)
+        for gradient in gradients:
+            w.grad = gradient.clone()
+            stepper.step()
+        expected = two_steps_by_hand(optimizer, start, gradients, 0.1, wd)
+        # ASGD holds its rate in float32.
+        torch.testing.assert_close(w.detach(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_small_set_is_overfitted():
+    split = images_and_labels(16)
+    run = train.Run(config("--lr", 0.02), CPU)
+    step = train.make_step(run, split, compiled=False)
+    plan = torch.stack([torch.arange(16), *torch.tensor([4, 4, 0])[:, None].expand(3, 16)])
+    for _ in range(30):
+        run.loss_sum.zero_()
+        step(plan)
+    assert run.loss_sum < 0.01
+
+
+def test_evaluation_uses_running_statistics_and_counts_by_class():
+    run = train.Run(config(), CPU)
+    (_, split) = data.load("synthetic", CPU)
+    few = data.Split(split.images[:30], split.labels[:30])
+    correct = train.evaluate(run.model, few, "tf32")
+    assert run.model.training  # as it was
+    run.model.eval()
+    one_by_one = [run.model(data.scale(image[None])).argmax() for image in few.images]
+    hits = torch.stack(one_by_one) == few.labels
+    assert correct.tolist() == [int(hits[few.labels == label].sum()) for label in range(10)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Folders in which SHORT ran to its end, by optimizer."""
+    folders = {optimizer: tmp_path_factory.mktemp(optimizer) for optimizer in OPTIMIZERS}
+    for optimizer, folder in folders.items():
+        result = call(folder, *SHORT, "--optimizer", optimizer)
+        assert result.code == 0, result.err
+    return folders
+
+
+def test_log_against_a_recomputation(undisturbed):
+    rows = read_rows(undisturbed["sgd"] / "logs" / f"{NAME}.csv")
+    assert list(rows[0]) == (
+        "optimizer,lr0,bs,step,gamma,momentum,betas,wd,iters,seed,data,precision,device,torch,"
+        "iteration,lr,loss,test_acc,seconds".split(",")
+    )
+    assert [row["iteration"] for row in rows] == ["2", "4", "5"]
+
+    training, test = (data.Split(s.images[:10], s.labels[:10]) for s in data.synthetic())
+    torch.manual_seed(0)
+    network = model.ResNet().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
+    plans = [data.epoch_plan(training, seed=0, epoch=epoch) for epoch in (0, 1)]
+    losses, accuracy = [], {}
+    for t, batch in enumerate((plans[0].split(4, dim=1) + plans[1].split(4, dim=1))[:5]):
+        images = data.augment(data.crop_windows(training.images), batch)
+        loss = F.cross_entropy(network(images), training.labels[batch[0]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        network.eval()
+        with torch.no_grad():
+            guess = network(data.scale(test.images)).argmax(1)
+        network.train()
+        accuracy[t + 1] = f"{100 * (guess == test.labels).float().mean():.2f}"
+    means = [sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]]
+    assert [float(row["loss"]) for row in rows] == pytest.approx(means, rel=1e-5)
+    assert [row["test_acc"] for row in rows] == ["", accuracy[4], accuracy[5]]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    constant = {**config(*SHORT), "device": "cpu", "torch": torch.__version__, "lr": "0.3"}
+    for row in rows:
+        assert {key: row[key] for key in constant} == {k: str(v) for k, v in constant.items()}
+    saved = torch.load(undisturbed["sgd"] / "logs" / f"{NAME}.pt", weights_only=True)
+    assert saved["config"] == config(*SHORT)
+    for key, value in network.state_dict().items():
+        assert torch.equal(saved["model"][key], value)
+
+
+def test_learning_rate_and_short_batches_in_the_log(tmp_path):
+    # Ten images in batches of six: epochs of two iterations, the second of four images.
+    flags = "--data synthetic --bs 6 --iters 3 --step 2 --log-every 1 --device cpu"
+    assert call(tmp_path, *flags.split()).code == 0
+    (log,) = (tmp_path / "logs").glob("*.csv")
+    assert [row["lr"] for row in read_rows(log)] == ["0.3", "0.3", "0.06"]
+
+
+def kill_when_replacing(ending: str, count: int, after: bool) -> None:
+    """Make this process kill itself around its count-th replacement of a file with this ending."""
+    replace, seen = os.replace, itertools.count(1)
+
+    def fatal(source, target):
+        mine = str(target).endswith(ending) and next(seen) == count
+        if not mine or after:
+            replace(source, target)
+        if mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.os.replace = fatal
+
+
+def signal_in_step(count: int, number: int) -> None:
+    """Make this process signal itself between backward pass and update of its count-th step."""
+    seen, original = itertools.count(1), train.make_optimizer
+
+    def make_optimizer(*args):
+        optimizer = original(*args)
+
+        def send(*unused):
+            if next(seen) == count:
+                os.kill(os.getpid(), number)
+
+        optimizer.register_step_pre_hook(send)
+        return optimizer
+
+    train.make_optimizer = make_optimizer
+
+
+KILLS = [(signal_in_step, 2, signal.SIGKILL), (kill_when_replacing, "csv", 2, True),
+         (kill_when_replacing, "ckpt", 2, False), (kill_when_replacing, "pt", 1, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_killed_and_started_again_it_ends_as_if_undisturbed(optimizer, undisturbed, tmp_path):
+    flags = (*SHORT, "--optimizer", optimizer)
+    for hook in KILLS:
+        assert call(tmp_path, *flags, hook=hook).code == -signal.SIGKILL
+    assert call(tmp_path, *flags).code == 0
+    assert outcome(tmp_path) == outcome(undisturbed[optimizer])
+
+
+def signal_in_evaluation(number: int) -> None:
+    evaluate = train.evaluate
+
+    def send(*args):
+        os.kill(os.getpid(), number)
+        return evaluate(*args)
+
+    train.evaluate = send
+
+
+@pytest.mark.parametrize(
+    "hook, code",
+    [((signal_in_step, 3, signal.SIGINT), 130), ((signal_in_step, 1, signal.SIGTERM), 143),
+     ((signal_in_evaluation, signal.SIGTERM), 143)],
+)  # fmt: skip
+def test_interrupted_it_writes_a_checkpoint_and_resumes(hook, code, undisturbed, tmp_path):
+    result = call(tmp_path, *SHORT, hook=hook)
+    assert result.code == code and result.err == ""
+    done = hook[1] if hook[0] is signal_in_step else 4
+    saved = torch.load(tmp_path / "logs" / f"{NAME}.ckpt", weights_only=True)
+    assert saved["iteration"] == done
+    again = call(tmp_path, *SHORT)
+    assert again.code == 0 and f"goes on from iteration {done}\n" in again.out
+    assert outcome(tmp_path) == outcome(undisturbed["sgd"])
+
+
+def test_complete_run_is_not_trained_again(undisturbed):
+    folder = undisturbed["sgd"]
+    before = outcome(folder)
+    began = time.perf_counter()
+    result = call(folder, *SHORT)
+    assert time.perf_counter() - began < 5
+    assert result.code == 0 and "is complete" in result.out
+    assert outcome(folder) == before
+
+
+def test_fresh_trains_again(undisturbed, tmp_path):
+    shutil.copytree(undisturbed["sgd"] / "logs", tmp_path / "logs")
+    os.utime(tmp_path / "logs" / f"{NAME}.csv", (0, 0))
+    result = call(tmp_path, *SHORT, "--fresh")
+    assert result.code == 0 and "is complete" not in result.out
+    assert (tmp_path / "logs" / f"{NAME}.csv").stat().st_mtime > 0
+    assert outcome(tmp_path) == outcome(undisturbed["sgd"])
+
+
+def test_eval_gives_the_logged_accuracy(undisturbed):
+    folder = undisturbed["sgd"]
+    before = outcome(folder)
+    result = call(folder, "--data", "synthetic", "--eval", f"logs/{NAME}.pt", "--device", "cpu")
+    logged = read_rows(folder / "logs" / f"{NAME}.csv")[-1]["test_acc"]
+    assert result.code == 0 and f"{NAME}: {logged} %\n" in result.out
+    by_class = re.findall(r"^(\w+) +([\d.]+) %$", result.out, re.M)
+    assert tuple(name for name, _ in by_class) == data.CLASSES
+    assert sum(float(value) for _, value in by_class) / 10 == pytest.approx(float(logged), abs=0.01)
+    assert outcome(folder) == before
+
+
+def test_progress_without_a_terminal(capsys):
+    progress = train.Progress(config("--iters", 3000), start=0)
+    for t in range(3001):
+        progress(t, 1.5, 0.3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines] == ["1000", "2000", "3000"]
+    assert re.fullmatch(r"1000/3000  loss 1\.5000  lr 0\.3  \d+ images/s  0:00:0\d left", lines[0])
+
+
+# ---- errors: one line on stderr, no traceback, nothing lost --------------------------------------
+
+
+def test_divergence_is_logged_and_exits_with_3(tmp_path):
+    flags = "--data synthetic --bs 4 --lr 1e9 --log-every 5 --device cpu"
+    assert_one_line_error(call(tmp_path, *flags.split()), 3, "loss nan at", "lower --lr")
+    (log,) = (tmp_path / "logs").glob("*.csv")
+    row = read_rows(log)[-1]
+    assert row["loss"] == "nan" and row["test_acc"] == ""
+    assert not list((tmp_path / "logs").glob("*.pt"))
+
+
+def test_device_that_is_not_there(tmp_path):
+    result = call(tmp_path, *SHORT[:-1], "cuda:99")
+    assert_one_line_error(result, 1, "cuda:99 is not there")
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--compile can be had here")
+def test_compile_without_cuda(tmp_path):
+    assert_one_line_error(call(tmp_path, *SHORT, "--compile"), 1, "--compile needs")
+
+
+def test_damaged_data(tmp_path):
+    (tmp_path / "data" / CIFAR10.base_folder).mkdir(parents=True)
+    result = call(tmp_path, "--device", "cpu")
+    assert_one_line_error(result, 1, "cifar-10-batches-py", "--data synthetic")
+    assert not (tmp_path / "logs").exists()
+
+
+def stop_after_first_checkpoint() -> None:
+    kill_when_replacing("ckpt", 2, after=True)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder whose run was killed after two iterations."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert call(folder, *SHORT, hook=(stop_after_first_checkpoint,)).code == -signal.SIGKILL
+    return folder
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def zip_with(path: Path, **changes) -> None:
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, **changes}, path)
+
+
+def damage(kind: str, path: Path) -> None:
+    content = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "one byte changed":  # in the middle of the weights, where only a checksum sees it
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "pickle in a zip":
+        torch.save({"config": Bomb(), "model": {}}, path)
+    elif kind == "other network":
+        zip_with(path, model=model.ResNet(project_layer1=True).state_dict())
+    elif kind == "other configuration":
+        zip_with(path, config=config("--lr", 0.1))
+    else:
+        torch.save([1, 2, 3], path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "empty", "one byte changed", "pickle", "pickle in a zip", "other network",
+     "other configuration", "foreign"],
+)  # fmt: skip
+def test_bad_checkpoints_and_weights(kind, killed, tmp_path):
+    shutil.copytree(killed / "logs", tmp_path / "logs")
+    damage(kind, tmp_path / "logs" / f"{NAME}.ckpt")
+    before = outcome(tmp_path)
+    assert_one_line_error(call(tmp_path, *SHORT), 1, f"{NAME}.ckpt")
+    if kind != "other configuration":  # whose weights are as good as any
+        result = call(tmp_path, "--data", "synthetic", "--eval", f"logs/{NAME}.ckpt")
+        assert_one_line_error(result, 1, f"{NAME}.ckpt")
+    assert outcome(tmp_path) == before
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_log_without_its_checkpoint_is_not_thrown_away(killed, tmp_path):
+    shutil.copytree(killed / "logs", tmp_path / "logs")
+    (tmp_path / "logs" / f"{NAME}.ckpt").unlink()
+    before = outcome(tmp_path)
+    assert_one_line_error(call(tmp_path, *SHORT), 1, "--fresh")
+    assert outcome(tmp_path) == before
+
+
+def test_log_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "logs").touch()
+    assert_one_line_error(call(tmp_path, *SHORT), 1, "cannot write to logs")
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+
+def test_disk_that_takes_no_more(killed, undisturbed, tmp_path):
+    shutil.copytree(killed / "logs", tmp_path / "logs")
+    before = outcome(tmp_path)
+    result = call(tmp_path, *SHORT, hook=(limit_file_size,))
+    assert_one_line_error(result, 1, "cannot write", "the last checkpoint stands")
+    assert outcome(tmp_path) == before
+    assert call(tmp_path, *SHORT).code == 0  # once there is room
+    assert outcome(tmp_path) == outcome(undisturbed["sgd"])
+
+
+def test_second_process_on_one_configuration_stops(tmp_path):
+    (tmp_path / "second").mkdir()
+    logs = ("--logs", tmp_path / "logs")
+    first = begin(tmp_path, *SHORT, "--iters", "1000", *logs)
+    while not list((tmp_path / "logs").glob("*.ckpt")) and first.is_alive():
+        time.sleep(0.05)
+    result = call(tmp_path / "second", *SHORT, "--iters", "1000", *logs)
+    assert_one_line_error(result, 1, "another process is training")
+    other = call(tmp_path / "second", *SHORT, "--iters", "1", *logs)
+    assert other.code == 0, other.err
+    first.terminate()
+    assert finish(first, tmp_path).code == 143
+
+
+def test_numbers_at_the_edge(tmp_path):
+    # A batch larger than the data set is the data set; the log may be coarser than the run.
+    small = "--data synthetic --iters 1 --device cpu".split()
+    assert call(tmp_path, *small, "--bs", "1", "--log-every", "1000").code == 0
+    assert call(tmp_path, *small, "--bs", "11").code == 0
+    (log,) = (tmp_path / "logs").glob("*bs1_*.csv")
+    assert [row["iteration"] for row in read_rows(log)] == ["1"]
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fast_path_equals_the_plain_one_on_cuda(optimizer):
+    argv = ["--optimizer", optimizer, "--lr", "0.01", "--step", "90", "--precision", "fp32"]
+    weights = []
+    for compiled in (False, False, True):
+        args = train.parse_args(argv)
+        device = train.open_device(args)
+        training, _ = data.load("synthetic", device)
+        run = train.Run(train.settings(args), device)
+        step = train.make_step(run, training, compiled)
+        for t in range(200):  # across two decays and many short last batches
+            plan = data.epoch_plan(training, 0, t // 8)
+            run.optimizer.param_groups[0]["lr"] = train.decayed_lr(run.config, t)
+            step(plan[:, t % 8 * 128 :][:, :128])
+        weights.append(torch.cat([p.flatten() for p in run.model.parameters()]))
+    noise, difference = ((weights[0] - w).norm() / weights[0].norm() for w in weights[1:])
+    print(f"{optimizer}: two eager runs differ by {noise:.1e}, the fast path by {difference:.1e}")
+    assert difference < max(10 * noise, 1e-4)

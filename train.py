@@ -1,0 +1,570 @@
+"""Train the report's ResNet on CIFAR-10: one configuration, one CSV log, one file of weights.
+
+    python train.py                                # Table 8: SGD, lr 0.3, batch 128, step 8000
+    python train.py --lr 0.1 --bs 64 --step 5000   # the SGD row of Tables 4 and 5
+    python train.py --data synthetic --iters 20 --bs 16   # a first try: no data set, no GPU
+    python train.py --eval logs/NAME.pt            # test accuracy of saved weights, by class
+
+Writes LOGS/NAME.csv and LOGS/NAME.pt, and while it runs LOGS/NAME.ckpt; NAME is the settings.
+Started again, a finished run says so and an interrupted one goes on from its checkpoint.
+"""
+
+import argparse
+import csv
+import datetime
+import fcntl
+import functools
+import importlib.util
+import io
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+from model import ResNet, count_parameters
+
+COLUMNS = (
+    "optimizer lr0 bs step gamma momentum betas wd iters seed data precision device torch "
+    "iteration lr loss test_acc seconds"
+).split()
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line and exit status 2, where argparse would print its whole usage."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (python {self.prog} --help)\n")
+
+
+def within(kind: type, low: float, high: float):
+    """An argparse type: an int or a float (`kind`) from low to high; nan is neither."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
+
+
+def device_name(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d\d?)?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not cpu, mps, cuda or cuda:N")
+    return text
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; defaults are the report's best row (Tables 3 and 8)."""
+    count, rate = within(int, 1, 10**9), within(float, 0, 1e9)
+    fraction, beta = within(float, 0, 1), within(float, 0, 0.999999)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--optimizer", choices=("sgd", "adam", "adagrad", "asgd"), default="sgd")
+    add("--lr", type=rate, default=0.3, help="learning rate of the first iteration (0.3)")
+    add("--bs", type=count, default=128, help="batch size (128)")
+    add("--step", type=count, default=8000, help="iterations between two decays of lr (8000)")
+    add("--gamma", type=fraction, default=0.2, help="factor of each decay (0.2)")
+    add("--momentum", type=fraction, default=0.9, help="for sgd alone (0.9)")
+    add("--betas", type=beta, nargs=2, default=[0.7, 0.7], help="for adam alone (0.7 0.7)")
+    add("--wd", type=rate, default=1e-4, help="weight decay, added to the gradient (1e-4)")
+    add("--iters", type=count, default=32000, help="iterations in all (32000)")
+    add("--seed", type=within(int, 0, 2**32 - 1), default=0, help="of weights and batches (0)")
+    add("--data", default="./data", help="folder of cifar-10-batches-py, or `synthetic` (./data)")
+    add("--logs", type=Path, default=Path("logs"), help="folder of logs and weights (./logs)")
+    add("--device", type=device_name, help="cpu, mps, cuda or cuda:N (the best there is)")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
+        help="of convolutions on CUDA; bf16 is autocast with float32 weights (tf32)")  # fmt: skip
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compiled network in a CUDA graph (on for CUDA where Triton is there)")  # fmt: skip
+    add("--log-every", type=count, default=100, help="iterations of a row in the log (100)")
+    add("--eval-every", type=count, default=1000, help="iterations between evaluations (1000)")
+    add("--ckpt-every", type=count, default=1000, help="iterations between checkpoints (1000)")
+    add("--fresh", action="store_true", help="forget this configuration's log and checkpoint")
+    add("--eval", type=Path, metavar="FILE", help="test the weights in FILE, train nothing")
+    return parser.parse_args(argv)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What decides the result, by CSV column; "" where the optimizer has no such setting."""
+    return {
+        "optimizer": args.optimizer,
+        "lr0": args.lr,
+        "bs": args.bs,
+        "step": args.step,
+        "gamma": args.gamma,
+        "momentum": args.momentum if args.optimizer == "sgd" else "",
+        "betas": "{} {}".format(*args.betas) if args.optimizer == "adam" else "",
+        "wd": args.wd,
+        "iters": args.iters,
+        "seed": args.seed,
+        "data": "synthetic" if args.data == "synthetic" else "cifar10",
+        "precision": args.precision,
+    }
+
+
+def run_name(config: dict) -> str:
+    """NAME: sgd_lr0.3_bs128_step8000_seed0, with every other setting that is not the default."""
+    default = settings(parse_args(["--optimizer", config["optimizer"]]))
+    name = "{optimizer}_lr{lr0}_bs{bs}_step{step}".format(**config)
+    for key in ("gamma", "momentum", "betas", "wd", "iters", "data", "precision"):
+        if config[key] != default[key]:
+            label = "" if key in ("data", "precision") else key
+            name += f"_{label}{config[key]}".replace(" ", "-")
+    return f"{name}_seed{config['seed']}"
+
+
+# ---- one iteration -------------------------------------------------------------------------------
+
+
+def make_optimizer(config: dict, parameters, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizers of Table 4; weight decay is added to the gradient in all of them."""
+    lr, wd, cuda = config["lr0"], config["wd"], device.type == "cuda"
+    fused = cuda or None  # None leaves the choice to PyTorch
+    if config["optimizer"] == "sgd":
+        return torch.optim.SGD(
+            parameters, lr, momentum=config["momentum"], weight_decay=wd, fused=fused
+        )
+    if config["optimizer"] == "adam":
+        betas = tuple(map(float, config["betas"].split()))
+        return torch.optim.Adam(
+            parameters, lr, betas, eps=1e-8, weight_decay=wd, fused=fused, capturable=cuda
+        )
+    if config["optimizer"] == "adagrad":
+        return torch.optim.Adagrad(parameters, lr, weight_decay=wd)
+    # Averaged SGD, for all that the report says "accelerated"; it averages from iteration t0 on.
+    return torch.optim.ASGD(
+        parameters, lr, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=wd, capturable=cuda
+    )
+
+
+def decayed_lr(config: dict, t: int) -> float:
+    """Learning rate of iteration t, counted from 0: lr * gamma^floor(t / step) (Decay step)."""
+    return config["lr0"] * config["gamma"] ** (t // config["step"])
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def train_step(network, optimizer, windows, labels, precision, loss_sum, plan) -> None:
+    """One iteration on the images of `plan`, int64 [4, b]; adds their mean loss to `loss_sum`.
+
+    windows: uint8 [n, 9, 9, 3, 32, 32]; labels: int64 [n]; loss_sum: float32 []. Nothing in it
+    waits for the device.
+    """
+    with autocast(plan.device, precision):
+        logits = network(data.augment(windows, plan))
+        loss = F.cross_entropy(logits, labels[plan[0]])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss_sum += loss.detach()
+
+
+class GraphedStep:
+    """`step` recorded once as a CUDA graph, then replayed: one launch instead of hundreds.
+
+    The first calls run as they are. They are real iterations, so that nothing need be put back, and
+    they let the libraries and the optimizer allocate what a recording must find in place. The
+    learning rate is a constant of the recording, so each decay makes a new one. Adagrad counts its
+    steps on the host, where a replay does not reach; it uses them only for a decay of its own.
+    """
+
+    def __init__(self, step, optimizer: torch.optim.Optimizer, warmup: int = 3):
+        self.step, self.optimizer, self.warmup = step, optimizer, warmup
+        self.lr = self.graph = self.plan = None
+
+    def __call__(self, plan: Tensor) -> None:
+        if self.warmup:
+            self.warmup -= 1
+            return self.step(plan)
+        lr = self.optimizer.param_groups[0]["lr"]
+        if lr != self.lr:
+            self.lr, self.plan, self.graph = lr, plan.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.step(self.plan)
+        self.plan.copy_(plan)
+        self.graph.replay()
+
+
+@torch.no_grad()
+def evaluate(model: ResNet, split: data.Split, precision: str) -> Tensor:
+    """Correct predictions by class, int64 [10], with the running batch-norm statistics."""
+    model.eval()
+    correct = torch.zeros(10, dtype=torch.int64, device=split.labels.device)
+    for images, labels in zip(split.images.split(1000), split.labels.split(1000)):
+        with autocast(labels.device, precision):
+            logits = model(data.scale(images))
+        correct.index_add_(0, labels, (logits.argmax(1) == labels).long())
+    model.train()
+    return correct
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+class Files:
+    """The files of a run: NAME.csv, NAME.pt, and while it runs NAME.ckpt and NAME.lock."""
+
+    def __init__(self, folder: Path, name: str):
+        self.log, self.weights, self.checkpoint, self.lock = (
+            folder / f"{name}.{ending}" for ending in ("csv", "pt", "ckpt", "lock")
+        )
+
+    def forget(self) -> None:
+        """Delete what the run left so far."""
+        for path in (self.log, self.weights, self.checkpoint):
+            path.unlink(missing_ok=True)
+
+    def clear_up(self) -> None:
+        """Delete what a complete run needs no more, and what a kill may have left behind."""
+        for path in (self.checkpoint, Path(f"{self.checkpoint}.tmp"), self.lock):
+            path.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace the file atomically: whoever reads it finds the old content or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # on a full disk it is in the way
+        fail(f"cannot write {path}: {error.strerror}; the last checkpoint stands")
+
+
+def save(path: Path, content: dict) -> None:
+    """torch.save, by way of memory: to a full disk it would raise no OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load(path: Path) -> dict:
+    """What `save` wrote, with its tensors on the CPU; exits when the file is not that."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile("wrong checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if [*content["config"]] != COLUMNS[:12] or "model" not in content:
+            raise ValueError("no configuration or no weights in it")
+        return content
+    except Exception as error:  # damage may raise anything
+        reason = str(error).split("\n")[0] or type(error).__name__
+        fail(f"{path} is damaged or not of this program ({reason})")
+
+
+def load_weights(model: ResNet, saved: dict, path: Path) -> None:
+    """Copy the weights that `load` read from `path` into the model; exits when they do not fit."""
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:
+        fail(f"{path} holds the weights of another network")
+
+
+def write_log(path: Path, rows: list[list[str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    write_file(path, text.getvalue().encode())
+
+
+def is_complete(path: Path, config: dict) -> bool:
+    """Whether this log's last row is this configuration's last iteration, with a test accuracy."""
+    try:
+        with open(path, newline="", errors="replace") as file:
+            last = list(csv.DictReader(file))[-1]
+    except (OSError, IndexError, csv.Error):  # none, an empty one, a damaged one
+        return False
+    done = {**config, "iteration": config["iters"]}
+    return all(last.get(key) == str(done[key]) for key in done) and bool(last.get("test_acc"))
+
+
+@contextmanager
+def locked(path: Path):
+    """Holds this configuration for one process; exits when another one has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+    except BlockingIOError:
+        fail(f"another process is training {path.stem} in {path.parent}")
+    except OSError as error:
+        fail(f"cannot write to {path.parent}: {error.strerror}; --logs names another folder")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+class Run:
+    """The state of a run: all that a checkpoint holds."""
+
+    POSITION = ("iteration", "logged", "seconds", "rows")
+
+    def __init__(self, config: dict, device: torch.device):
+        torch.manual_seed(config["seed"])
+        self.config = config
+        self.model = ResNet().to(device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(config, self.model.parameters(), device)
+        self.loss_sum = torch.zeros((), device=device)  # of the iterations since the last row
+        self.iteration = 0  # iterations done
+        self.logged = 0  # iteration of the last row
+        self.seconds = 0.0  # training time, evaluation left out
+        self.rows: list[list[str]] = []  # of the CSV
+
+    def save(self, path: Path) -> None:
+        content = {key: getattr(self, key) for key in ("config", "loss_sum", *self.POSITION)}
+        content["model"] = self.model.state_dict()
+        content["optimizer"] = self.optimizer.state_dict()["state"]
+        save(path, content)
+
+    def resume(self, path: Path) -> None:
+        """Go where the checkpoint was; exits when it is damaged or of another configuration."""
+        saved = load(path)
+        if saved["config"] != self.config:
+            fail(f"{path} is of another configuration; --fresh starts without it")
+        load_weights(self.model, saved, path)
+        # The groups hold flags of this start's device; the rest of the state is the run's.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        self.loss_sum.copy_(saved["loss_sum"])
+        for key in self.POSITION:
+            setattr(self, key, saved[key])
+
+
+def make_step(run: Run, train: data.Split, compiled: bool):
+    """The function that trains one iteration on the images of a plan, int64 [4, b].
+
+    With `compiled`, full batches go through the compiled network in a CUDA graph; an epoch's short
+    last batch, with a shape of its own, is not worth a second compilation.
+    """
+    windows, labels = data.crop_windows(train.images), train.labels
+    rest = (run.optimizer, windows, labels, run.config["precision"], run.loss_sum)
+    plain = functools.partial(train_step, run.model, *rest)
+    if not compiled:
+        return plain
+    network = torch.compile(run.model, dynamic=False)
+    graphed = GraphedStep(functools.partial(train_step, network, *rest), run.optimizer)
+    return lambda plan: (graphed if plan.shape[1] == run.config["bs"] else plain)(plan)
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C or SIGTERM; ends the program with exit status 130 or 143."""
+
+
+class Interrupts:
+    """Makes SIGINT and SIGTERM raise Interrupted, but never inside `with interrupts:`."""
+
+    def __init__(self):
+        self.held, self.received = False, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_IGN)  # one is enough: a second would hit the checkpoint
+        self.received = number
+        if not self.held:
+            raise Interrupted(128 + number)
+
+    def __enter__(self) -> None:
+        self.held = True
+
+    def __exit__(self, *exception) -> None:
+        self.held = False
+        if self.received:
+            raise Interrupted(128 + self.received)
+
+
+class Progress:
+    """On a terminal one line that renews itself, otherwise one line every 1,000 iterations."""
+
+    def __init__(self, config: dict, start: int):
+        self.iters, self.bs, self.start = config["iters"], config["bs"], start
+        self.terminal, self.began, self.shown = sys.stdout.isatty(), time.perf_counter(), 0.0
+
+    def __call__(self, t: int, loss: float, lr: float) -> None:
+        now = time.perf_counter()
+        if t == self.start or (now - self.shown < 0.5 if self.terminal else t % 1000):
+            return
+        self.shown = now
+        rate = (t - self.start) / (now - self.began)
+        left = datetime.timedelta(seconds=round((self.iters - t) / rate))
+        line = f"{t}/{self.iters}  loss {loss:.4f}  lr {lr:.6g}  "
+        line += f"{rate * self.bs:.0f} images/s  {left} left"
+        print(f"\r{line:<79}" if self.terminal else f"{line}\n", end="", flush=True)
+
+
+def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: Interrupts) -> None:
+    """Train from where the run is to its last iteration, and write its log and weights.
+
+    Exits with 3 when the loss is no longer finite. When interrupted, writes a checkpoint first.
+    """
+    config, (train_split, test_split) = run.config, splits
+    setting = [*map(str, config.values()), processor(run.loss_sum.device), str(torch.__version__)]
+    batches = math.ceil(len(train_split.labels) / config["bs"])  # an epoch's; the last may be short
+    step = make_step(run, train_split, args.compile)
+    progress = Progress(config, run.iteration)
+    loss, epoch, started = math.nan, None, time.perf_counter() - run.seconds
+    try:
+        while True:
+            t = run.iteration  # how many are done, and so the number of the next, from 0
+            last = t == config["iters"]
+            evaluating = last or t % args.eval_every == 0
+            if t > run.logged and (evaluating or t % args.log_every == 0):
+                lr = decayed_lr(config, t - 1)
+                loss = run.loss_sum.item() / (t - run.logged)  # waits for the device
+                seconds = time.perf_counter() - started
+                accuracy = ""
+                if evaluating and math.isfinite(loss):
+                    correct = evaluate(run.model, test_split, config["precision"])
+                    accuracy = f"{100 * correct.sum().item() / len(test_split.labels):.2f}"
+                    started = time.perf_counter() - seconds  # evaluation is not training time
+                row = [f"{t}", f"{lr:.6g}", f"{loss:.6f}", accuracy, f"{seconds:.2f}"]
+                with interrupts:
+                    run.rows.append([*setting, *row])
+                    run.loss_sum.zero_()
+                    run.logged = t
+                if not last:  # the last row, which makes the log complete, follows the weights
+                    write_log(files.log, run.rows)
+                if not math.isfinite(loss):
+                    write_log(files.log, run.rows)
+                    fail(f"loss {loss} at iteration {t} (see {files.log}); try a lower --lr", 3)
+            if last:
+                break
+            if t % args.ckpt_every == 0:
+                run.seconds = time.perf_counter() - started
+                with interrupts:
+                    run.save(files.checkpoint)
+            if t // batches != epoch:
+                epoch = t // batches
+                plan = data.epoch_plan(train_split, config["seed"], epoch)
+            first = t % batches * config["bs"]
+            lr = decayed_lr(config, t)
+            progress(t, loss, lr)
+            with interrupts:  # an iteration is done whole or not at all
+                run.optimizer.param_groups[0]["lr"] = lr
+                step(plan[:, first : first + config["bs"]])
+                run.iteration += 1
+        with interrupts:
+            save(files.weights, {"config": config, "model": run.model.state_dict()})
+            write_log(files.log, run.rows)
+    except Interrupted:
+        run.seconds = time.perf_counter() - started
+        run.save(files.checkpoint)
+        raise
+
+
+# ---- what the command does -----------------------------------------------------------------------
+
+
+def fail(message: str, status: int = 1):
+    """End the program with one line on stderr."""
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def open_device(args: argparse.Namespace) -> torch.device:
+    """The device asked for, else cuda, else mps, else cpu, made ready; settles args.compile too."""
+    there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    device = torch.device(args.device or next(name for name in there if there[name]))
+    if (device.index or 0) >= there[device.type]:
+        fail(f"device {device} is not there; without --device the best one that is there is taken")
+    can_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if args.compile and not can_compile:
+        fail("--compile needs a CUDA device and Triton")
+    args.compile = can_compile if args.compile is None else args.compile
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+        # Graphs need capturable optimizers, and these complain of each step outside a graph.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+    return device
+
+
+def load_data(where: str, device: torch.device) -> tuple[data.Split, data.Split]:
+    try:
+        return data.load(where, device)
+    except data.DataError as error:
+        fail(str(error))
+
+
+def processor(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def start(args: argparse.Namespace, interrupts: Interrupts) -> None:
+    """Begin the run that the flags describe, or go on with it, or say that it is complete."""
+    config = settings(args)
+    name = run_name(config)
+    files = Files(args.logs, name)
+    if is_complete(files.log, config) and not args.fresh:
+        files.clear_up()
+        return print(f"{files.log} is complete; --fresh trains it again")
+    device = open_device(args)
+    splits = load_data(args.data, device)
+    run = Run(config, device)
+    parameters = count_parameters(run.model)
+    print(f"{processor(device)}, {args.precision}, {parameters:,} parameters\n{name}", flush=True)
+    with locked(files.lock):
+        if args.fresh:
+            files.forget()
+        if files.checkpoint.exists():
+            run.resume(files.checkpoint)
+            print(f"goes on from iteration {run.iteration}", flush=True)
+        elif files.log.exists():
+            fail(f"{files.log} is unfinished and has no checkpoint; --fresh trains from the start")
+        train(run, splits, args, files, interrupts)
+        files.clear_up()
+    last = dict(zip(COLUMNS, run.rows[-1]))
+    print(f"{last['test_acc']} % of the test images right, {last['seconds']} s of training")
+    print(f"log {files.log}, weights {files.weights}")
+
+
+def test(args: argparse.Namespace) -> None:
+    """Print the test accuracy of the weights in args.eval, overall and by class."""
+    device = open_device(args)
+    saved, model = load(args.eval), ResNet()
+    load_weights(model, saved, args.eval)
+    _, split = load_data(args.data, device)
+    model.to(device, memory_format=torch.channels_last)
+    correct = evaluate(model, split, saved["config"]["precision"])
+    print(f"{run_name(saved['config'])}: {100 * correct.sum() / len(split.labels):.2f} %")
+    for name, right, count in zip(data.CLASSES, correct, split.labels.bincount()):
+        print(f"{name:<10} {100 * right / count:6.2f} %")
+
+
+def main() -> None:
+    args = parse_args()
+    interrupts = Interrupts()
+    try:
+        test(args) if args.eval else start(args, interrupts)
+    except torch.OutOfMemoryError:
+        fail(f"batches of {args.bs} images do not fit in the device's memory; try a lower --bs")
+
+
+if __name__ == "__main__":
+    main()
