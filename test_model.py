@@ -554,12 +554,21 @@ def test_eval_gives_the_logged_accuracy(undisturbed):
 
 
 def test_progress_without_a_terminal(capsys):
-    progress = train.Progress(config("--iters", 3000), start=0)
-    for t in range(3001):
+    progress = train.Progress(config("--iters", 2500), start=0)
+    for t in range(2501):
         progress(t, 1.5, 0.3)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("/")[0] for line in lines] == ["1000", "2000", "3000"]
-    assert re.fullmatch(r"1000/3000  loss 1\.5000  lr 0\.3  \d+ images/s  0:00:0\d left", lines[0])
+    assert [line.split("/")[0] for line in lines] == ["1000", "2000", "2500"]
+    assert re.match(r"1000/2500  loss 1\.5000  lr 0\.3  \d+ images/s  0:00:0\d left", lines[0])
+
+
+def test_progress_on_a_terminal_renews_its_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress = train.Progress(config("--iters", 10), start=4)
+    for t in range(4, 11):
+        progress(t, 1.5, 0.3)
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"5/10  loss [^\n]+ left *\r10/10  loss [^\r]+ left *\n", out)
 
 
 # ---- errors: one line on stderr, no traceback, nothing lost --------------------------------------

@@ -62,6 +62,12 @@ def within(kind: type, low: float, high: float):
     return parse
 
 
+def fail(message: str, status: int = 1):
+    """End the program with one line on stderr."""
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
 def device_name(text: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d\d?)?", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not cpu, mps, cuda or cuda:N")
@@ -406,14 +412,15 @@ class Progress:
 
     def __call__(self, t: int, loss: float, lr: float) -> None:
         now = time.perf_counter()
-        if t == self.start or (now - self.shown < 0.5 if self.terminal else t % 1000):
+        waits = now - self.shown < 0.5 if self.terminal else t % 1000
+        if t == self.start or (waits and t < self.iters):
             return
         self.shown = now
         rate = (t - self.start) / (now - self.began)
         left = datetime.timedelta(seconds=round((self.iters - t) / rate))
-        line = f"{t}/{self.iters}  loss {loss:.4f}  lr {lr:.6g}  "
-        line += f"{rate * self.bs:.0f} images/s  {left} left"
-        print(f"\r{line:<79}" if self.terminal else f"{line}\n", end="", flush=True)
+        line = f"{t}/{self.iters}  loss {loss:.4f}  lr {lr:.6g}  {rate * self.bs:.0f} images/s"
+        renews = self.terminal and t < self.iters
+        print(f"{line}  {left} left".ljust(79), end="\r" if renews else "\n", flush=True)
 
 
 def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: Interrupts) -> None:
@@ -426,14 +433,15 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: 
     batches = math.ceil(len(train_split.labels) / config["bs"])  # an epoch's; the last may be short
     step = make_step(run, train_split, args.compile)
     progress = Progress(config, run.iteration)
-    loss, epoch, started = math.nan, None, time.perf_counter() - run.seconds
+    loss = float(run.rows[-1][COLUMNS.index("loss")]) if run.rows else math.nan
+    epoch, started = None, time.perf_counter() - run.seconds
     try:
         while True:
             t = run.iteration  # how many are done, and so the number of the next, from 0
             last = t == config["iters"]
             evaluating = last or t % args.eval_every == 0
+            lr = decayed_lr(config, max(t - 1, 0))  # the last iteration's
             if t > run.logged and (evaluating or t % args.log_every == 0):
-                lr = decayed_lr(config, t - 1)
                 loss = run.loss_sum.item() / (t - run.logged)  # waits for the device
                 seconds = time.perf_counter() - started
                 accuracy = ""
@@ -446,11 +454,11 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: 
                     run.rows.append([*setting, *row])
                     run.loss_sum.zero_()
                     run.logged = t
-                if not last:  # the last row, which makes the log complete, follows the weights
+                if not last or not math.isfinite(loss):  # the very last row follows the weights
                     write_log(files.log, run.rows)
                 if not math.isfinite(loss):
-                    write_log(files.log, run.rows)
                     fail(f"loss {loss} at iteration {t} (see {files.log}); try a lower --lr", 3)
+            progress(t, loss, lr)
             if last:
                 break
             if t % args.ckpt_every == 0:
@@ -461,10 +469,8 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: 
                 epoch = t // batches
                 plan = data.epoch_plan(train_split, config["seed"], epoch)
             first = t % batches * config["bs"]
-            lr = decayed_lr(config, t)
-            progress(t, loss, lr)
             with interrupts:  # an iteration is done whole or not at all
-                run.optimizer.param_groups[0]["lr"] = lr
+                run.optimizer.param_groups[0]["lr"] = decayed_lr(config, t)
                 step(plan[:, first : first + config["bs"]])
                 run.iteration += 1
         with interrupts:
@@ -477,12 +483,6 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: 
 
 
 # ---- what the command does -----------------------------------------------------------------------
-
-
-def fail(message: str, status: int = 1):
-    """End the program with one line on stderr."""
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def open_device(args: argparse.Namespace) -> torch.device:
@@ -562,6 +562,8 @@ def main() -> None:
     interrupts = Interrupts()
     try:
         test(args) if args.eval else start(args, interrupts)
+    except OSError as error:
+        fail(str(error))
     except torch.OutOfMemoryError:
         fail(f"batches of {args.bs} images do not fit in the device's memory; try a lower --bs")
 
