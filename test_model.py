@@ -9,8 +9,10 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,11 +26,15 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as TF
 from torchvision.transforms.functional import to_pil_image
 
+import bench
 import data
 import model
+import report
 import train
 
-HERE = Path(__file__).parent
+torch.set_num_threads(1)  # the tests' own processes share the cores, and small batches need no more
+
+HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 OPTIMIZERS = ("sgd", "adam", "adagrad", "asgd")
 has_cifar10 = (HERE / "data" / CIFAR10.base_folder).exists()
@@ -709,6 +715,579 @@ def test_numbers_at_the_edge(tmp_path):
     assert call(tmp_path, *small, "--bs", "11").code == 0
     (log,) = (tmp_path / "logs").glob("*bs1_*.csv")
     assert [row["iteration"] for row in read_rows(log)] == ["1"]
+
+
+# ---- the report's rows, for the tests of run_all.sh and report.py --------------------------------
+
+# Tables 4-7 and the extended run as the report prints them:
+# table, report's accuracy in percent, optimizer, lr, batch size, decay step
+ROWS = [
+    ("4", "60.47", "adam", "0.1", "64", "5000"),
+    ("4", "88.51", "sgd", "0.1", "64", "5000"),
+    ("4", "84.90", "adagrad", "0.1", "64", "5000"),
+    ("4", "88.95", "asgd", "0.1", "64", "5000"),
+    ("5", "88.51", "sgd", "0.1", "64", "5000"),
+    ("5", "89.31", "sgd", "0.3", "64", "5000"),
+    ("5", "87.70", "sgd", "0.5", "64", "5000"),
+    ("6", "84.96", "sgd", "0.3", "32", "5000"),
+    ("6", "89.31", "sgd", "0.3", "64", "5000"),
+    ("6", "91.07", "sgd", "0.3", "128", "5000"),
+    ("6", "90.40", "sgd", "0.3", "256", "5000"),
+    ("7", "89.83", "sgd", "0.3", "128", "4000"),
+    ("7", "91.07", "sgd", "0.3", "128", "5000"),
+    ("7", "92.65", "sgd", "0.3", "128", "8000"),
+    ("7", "92.14", "sgd", "0.3", "128", "10000"),
+    ("extended", "93.18", "sgd", "0.3", "128", "10000"),
+]
+
+# Stands for train.py where only run_all.sh is tested; needs no torch, so a row takes 50 ms.
+STUB = """
+import os, pathlib, signal, sys, time
+flags = " ".join(sys.argv[1:])
+done = pathlib.Path(flags.replace(" ", "_") + ".done")
+if done.exists():
+    sys.exit(0)
+with open("calls.txt", "a") as calls:
+    print(flags, file=calls)
+if os.environ.get("FAIL", "none") in flags:
+    sys.exit(int(os.environ["STATUS"]))
+if os.environ.get("WAIT", "none") in flags:
+    def stop(number, frame):
+        time.sleep(0.5)
+        pathlib.Path("checkpoint").touch()
+        sys.exit(128 + number)
+    signal.signal(signal.SIGTERM, stop)
+    pathlib.Path("ready").touch()
+    time.sleep(60)
+done.touch()
+"""
+
+
+def flags_of(optimizer, lr, bs, step, table=None):
+    more = " --iters 64000" if table == "extended" else ""
+    return f"--optimizer {optimizer} --lr {lr} --bs {bs} --step {step}{more}"
+
+
+def different_runs(tables):
+    return list(dict.fromkeys(flags_of(*row[2:], row[0]) for row in ROWS if row[0] in tables))
+
+
+def environment(**more):
+    """`python` in the scripts is the one that runs the tests; one thread for each."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def run_all(folder, *args, cwd="/", **env):
+    return subprocess.run(["bash", folder / "run_all.sh", *args], cwd=cwd, text=True,
+                          capture_output=True, timeout=600, env=environment(**env))
+
+
+def run_report(*args, **env):
+    return subprocess.run([sys.executable, HERE / "report.py", *args], text=True, timeout=60,
+                          capture_output=True, env=environment(**env))
+
+
+def stub_calls(folder):
+    return (folder / "calls.txt").read_text().splitlines()
+
+
+@pytest.fixture
+def stubbed(tmp_path):
+    """A folder with the scripts and a stub in the place of train.py."""
+    folder = tmp_path / "a project"
+    folder.mkdir()
+    for name in ("run_all.sh", "report.py"):
+        shutil.copy(HERE / name, folder)
+    (folder / "train.py").write_text(STUB)
+    return folder
+
+
+# ---- run_all.sh ----------------------------------------------------------------------------------
+
+
+def test_rows_are_the_reports():
+    text = (HERE / "run_all.sh").read_text()
+    found = re.findall(r"^(4|5|6|7|extended) +([\d.]+) +(--.+)$", text, re.MULTILINE)
+    assert [(table, accuracy, " ".join(flags.split())) for table, accuracy, flags in found] == [
+        (row[0], row[1], flags_of(*row[2:], row[0])) for row in ROWS]
+    in_report = [(str(table), f"{accuracy:.2f}", *map(str, key[:4]))
+                 for table, (*_, rows) in report.TABLES.items() for _, key, accuracy in rows]
+    assert in_report == ROWS
+
+
+@pytest.mark.parametrize("tables", ["", "4", "5 7", "extended", "extended 6"])
+def test_list(tables):
+    listed = run_all(HERE, "--list", *tables.split())
+    wanted = different_runs(tables.split() or "4567")
+    assert listed.stdout.splitlines() == ["python train.py " + flags for flags in wanted]
+    assert len(wanted) == {"": 12, "4": 4, "5 7": 7, "extended": 1, "extended 6": 5}[tables]
+
+
+def test_list_quotes_flags():
+    flags = ["--logs", "it's a folder", "--data=a\\b$HOME", "--seed", "1"]
+    for line in run_all(HERE, "--list", "5", "--", *flags).stdout.splitlines():
+        assert shlex.split(line)[-5:] == flags
+
+
+@pytest.mark.parametrize("argument", ["8", "--lr", "", "--help"])
+def test_run_all_usage(argument, stubbed):
+    result = run_all(stubbed, "4", argument)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and f"'{argument}'" in result.stderr
+    assert not (stubbed / "calls.txt").exists()
+
+
+def test_run_all_trains_each_run_once(stubbed):
+    first = run_all(stubbed, "--", "--seed", "1")
+    assert first.returncode == 0, first.stderr
+    assert stub_calls(stubbed) == [flags + " --seed 1" for flags in different_runs("4567")]
+    assert first.stdout.count("same run as above, not trained again") == 3
+    assert "== 12 of 12, 0h00m so far. Table 7 (report 92.14 %)" in first.stdout
+    assert "### Table 7" in first.stdout  # it ends with the report
+    assert run_all(stubbed, "--", "--seed", "1").returncode == 0
+    assert len(stub_calls(stubbed)) == 12
+
+
+def test_failing_row_does_not_stop_the_others(stubbed):
+    result = run_all(stubbed, FAIL="--bs 32", STATUS="3")
+    assert result.returncode == 1
+    assert stub_calls(stubbed) == different_runs("4567")
+    assert result.stderr.count("--bs 32") == 2 and "exit 3" in result.stderr
+    assert result.stderr.rstrip().endswith("exit 3") and "### Table 7" in result.stdout
+    again = run_all(stubbed)
+    assert again.returncode == 0 and not again.stderr
+    assert len(stub_calls(stubbed)) == 13  # the failed one once more
+
+
+@pytest.mark.parametrize("status", [130, 143])
+def test_interrupted_training_stops_run_all(stubbed, status):
+    assert run_all(stubbed, FAIL="--bs 32", STATUS=str(status)).returncode == status
+    assert stub_calls(stubbed)[-1] == different_runs("6")[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_all_interrupted_and_restarted(stubbed, number):
+    process = subprocess.Popen(["bash", stubbed / "run_all.sh"], env=environment(WAIT="--bs 256"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not (stubbed / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    # Ctrl-C goes to all processes of a terminal, kill to one.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert process.wait(timeout=10) == 128 + number
+    assert (stubbed / "checkpoint").exists()  # train.py was given the time to write it
+    assert process.communicate()[1] == "run_all.sh: stopped; start it again to continue\n"
+    reached = stub_calls(stubbed)
+    assert reached[-1] == flags_of("sgd", "0.3", "256", "5000") and len(reached) < 12
+    assert run_all(stubbed).returncode == 0
+    assert stub_calls(stubbed)[len(reached):] == different_runs("4567")[len(reached) - 1:]
+
+
+@pytest.mark.parametrize("flags", [["--logs", "else where"], ["--logs=else where"]])
+def test_run_all_reports_on_its_logs(stubbed, flags):
+    write_log(stubbed / "else where", 91.5, step=8000)
+    assert "| 8,000 | 92.65 | 91.50 | 1 | -1.15 |" in run_all(stubbed, "4", "--", *flags).stdout
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck")
+def test_shellcheck():
+    subprocess.run(["shellcheck", HERE / "run_all.sh"], check=True)
+
+
+# ---- report.py -----------------------------------------------------------------------------------
+
+
+def write_log(folder, *accuracies, losses=(2.0, 1.0), name="", **settings):
+    """One complete log for each accuracy, seed 0, 1, ..., with a row for each loss."""
+    folder.mkdir(exist_ok=True)
+    for seed, accuracy in enumerate(accuracies):
+        run = dict(optimizer="sgd", lr0=0.3, bs=128, step=5000, gamma=0.2, momentum=0.9, betas="",
+                   wd=0.0001, iters=32000, seed=seed, data="cifar10", precision="tf32",
+                   device="cpu", torch="2.15.0") | settings
+        if run["optimizer"] != "sgd":
+            run["momentum"] = ""
+        if run["optimizer"] == "adam":
+            run["betas"] = settings.get("betas", "0.7 0.7")
+        every = run["iters"] // len(losses)
+        rows = [report.HEADER]
+        for n, loss in enumerate(losses, 1):
+            acc = f"{accuracy:.2f}" if n == len(losses) else ""
+            rows.append([*run.values(), n * every, 0.1, loss, acc, n * 1.5])
+        file = name or "_".join(map(str, run.values())).replace("/", "")
+        with open(folder / f"{file}.csv", "w", newline="") as out:
+            csv.writer(out, lineterminator="\n").writerows(rows)
+    return folder
+
+
+def tables(folder):
+    return report.markdown(*report.collect(folder))
+
+
+@pytest.fixture
+def all_runs(tmp_path):
+    """Logs of every row with 3 seeds, whose means are the report's, and of the extended run."""
+    for table, accuracy, optimizer, lr, bs, step in ROWS:
+        iters = 64000 if table == "extended" else 32000
+        write_log(tmp_path / "logs", *(float(accuracy) + d for d in (-0.5, 0, 0.5)),
+                  losses=[2.3 / n for n in range(1, 33)], optimizer=optimizer, lr0=float(lr),
+                  bs=int(bs), step=int(step), iters=iters)
+    return tmp_path / "logs"
+
+
+def test_mean_and_deviation(tmp_path):
+    write_log(tmp_path, 88, 89, 90, optimizer="sgd", lr0=0.1, bs=64)  # deviation sqrt(2 / 2)
+    write_log(tmp_path, 84, 85, optimizer="adagrad", lr0=0.1, bs=64)  # sqrt(0.5)
+    write_log(tmp_path, 60, optimizer="adam", lr0=0.1, bs=64)
+    text = tables(tmp_path)
+    assert "| SGD | 88.51 | 89.00 ± 1.00 | 3 | +0.49 |" in text
+    assert "| 0.1 | 88.51 | 89.00 ± 1.00 | 3 | +0.49 |" in text
+    assert "| Adagrad | 84.90 | 84.50 ± 0.71 | 2 | -0.40 |" in text
+    assert "| Adam | 60.47 | 60.00 | 1 | -0.47 |" in text
+    assert "| ASGD | 88.95 | – | 0 | – |" in text
+    assert "Runs: 6, on cpu with torch 2.15.0, precision tf32, seeds 0, 1, 2." in text
+    assert "Not the report's settings" not in text and "left out" not in text
+
+
+@pytest.mark.parametrize("accuracies, verdict", [
+    ((88, 89, 87), "; it holds."),
+    ((88, 87, 89), "; it does not hold, ours is 0.5 > 0.1 > 0.3."),
+    ((88, 89, 88), "; it does not hold, ours is 0.3 > 0.1 = 0.5."),
+    ((88, 89), "; ours is incomplete."),
+])
+def test_ranking(tmp_path, accuracies, verdict):
+    for lr, accuracy in zip((0.1, 0.3, 0.5), accuracies):
+        write_log(tmp_path, accuracy, lr0=lr, bs=64)
+    assert f"Ranking of the report: 0.3 > 0.1 > 0.5{verdict}\n" in tables(tmp_path)
+
+
+def test_all_rows(all_runs):
+    text = tables(all_runs)
+    for _, accuracy, *_ in ROWS:
+        assert f"| {accuracy} | {accuracy} ± 0.50 | 3 | +0.00 |" in text
+    assert text.count("it holds.") == 4 and "Runs: 39," in text
+
+
+@pytest.mark.parametrize("logs", ["empty", "missing"])
+def test_no_logs(tmp_path, logs):
+    (tmp_path / "empty").mkdir()
+    result = run_report("--logs", tmp_path / logs)
+    assert result.returncode == 0 and not result.stderr
+    assert result.stdout.count("| – | 0 | – |") == len(ROWS)
+    assert result.stdout.count("ours is incomplete") == 4 and "Runs:" not in result.stdout
+
+
+def test_settings_are_never_mixed(tmp_path):
+    write_log(tmp_path, 90)
+    for other in (dict(precision="bf16"), dict(wd=0.0), dict(iters=64000), dict(gamma=0.5),
+                  dict(momentum=0.8), dict(data="synthetic")):
+        write_log(tmp_path, 50, 50, **other)
+    write_log(tmp_path, 50, optimizer="adam", lr0=0.1, bs=64, betas="0.9 0.999")
+    write_log(tmp_path, 50, lr0=0.2)
+    text = tables(tmp_path) + "\n"
+    assert text.count("| 90.00 | 1 |") == 2 and "50.00" not in text
+    for reason in ("precision bf16", "wd 0.0", "iters 64000", "gamma 0.5", "momentum 0.8",
+                   "data synthetic"):
+        assert text.count(f": other settings: {reason}\n") == 2
+    assert text.count(": other settings: betas 0.9 0.999\n") == 1
+    assert text.count(": not a row of the tables") == 1
+
+
+def test_settings_of_most_runs_without_the_reports(tmp_path):
+    """Momentum is a setting of SGD alone and betas of Adam alone: they split no group."""
+    for optimizer in ("sgd", "adam", "adagrad", "asgd"):
+        write_log(tmp_path, 20, optimizer=optimizer, lr0=0.1, bs=64, data="synthetic", iters=30)
+    write_log(tmp_path, 30, 40, lr0=0.3, bs=64, data="synthetic", iters=60)
+    text = tables(tmp_path)
+    assert "**Not the report's settings: iters 30, data synthetic.**" in text
+    assert text.count("| 20.00 | 1 |") == 5 and "| 35.00" not in text
+    assert text.count(": other settings: iters 60") == 2
+
+
+def test_bf16_runs_of_the_report_go_before_others(tmp_path):
+    write_log(tmp_path, 20, data="synthetic", iters=30)
+    write_log(tmp_path, 90, precision="bf16")
+    assert "Not the report's settings: precision bf16." in tables(tmp_path)
+
+
+def test_extended_run(tmp_path):
+    write_log(tmp_path, 93, 94, step=10000, iters=64000)
+    text = tables(tmp_path)
+    assert "| 64,000 | 93.18 | 93.50 ± 0.71 | 2 | +0.32 |" in text
+    assert "| 10,000 | 92.14 | – | 0 | – |" in text and "left out" not in text
+
+
+def test_copied_log(tmp_path):
+    write_log(tmp_path, 90, name="run")
+    write_log(tmp_path, 80, name="run (copy)")
+    text = tables(tmp_path)
+    assert text.count("| 90.00 | 1 |") == 2
+    assert "- `run (copy).csv`: same settings and seed as run.csv" in text
+
+
+DAMAGE = {  # what happens to a complete log's lines, and the reason that is given
+    "empty": (lambda lines: [], "line 1 is not the header"),
+    "header": (lambda lines: [lines[0].replace("lr0", "lr")] + lines[1:], "line 1 is not"),
+    "no header": (lambda lines: lines[1:], "line 1 is not the header"),
+    "no rows": (lambda lines: lines[:1], "incomplete: no iteration logged"),
+    "truncated": (lambda lines: lines[:2] + [lines[2][:40]], "line 3 is not 19 values"),
+    "cut number": (lambda lines: lines[:2] + [lines[2][:-2]], "the last line is cut short"),
+    "too long": (lambda lines: lines[:2] + ["x," + lines[2]], "line 3 is not 19 values"),
+    "word": (lambda lines: [line.replace(",2.0,", ",two,") for line in lines], "'two'"),
+    "no accuracy": (lambda lines: [line.replace(",80.00,", ",800,") for line in lines], "800.0"),
+    "NUL": (lambda lines: [line.replace("cpu", "c\0u") for line in lines], "damaged"),
+    "order": (lambda lines: [lines[0], lines[2], lines[1]], "iteration 16000 follows 32000"),
+    "twice": (lambda lines: lines + lines[2:], "iteration 32000 follows 32000"),
+    "mixed": (lambda lines: lines[:2] + [lines[2].replace(",128,", ",64,")], "other settings than"),
+    "stopped": (lambda lines: lines[:2], "incomplete: 16000 of 32000 iterations"),
+    "not tested": (lambda lines: [line.replace(",80.00,", ",,") for line in lines], "incomplete"),
+    "nan": (lambda lines: lines[:2] + [lines[2].replace(",1.0,80.00", ",nan,")],
+            "diverged at iteration 32000: loss nan"),
+    "inf": (lambda lines: [line.replace(",2.0,", ",inf,") for line in lines],
+            "diverged at iteration 16000: loss inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_log(tmp_path, case):
+    change, reason = DAMAGE[case]
+    write_log(tmp_path, 80, name="good", step=8000)
+    write_log(tmp_path, 80, name="bad", seed=1, step=8000)
+    lines = (tmp_path / "bad.csv").read_text().splitlines(keepends=True)
+    changed = "".join(change(lines))
+    assert changed != "".join(lines)
+    (tmp_path / "bad.csv").write_text(changed)
+    text = tables(tmp_path)
+    assert text.count("| 80.00 | 1 | -12.65 |") == 1
+    assert "- `bad.csv`: " in text and reason in text
+
+
+def test_unreadable_log(tmp_path):
+    write_log(tmp_path, 80, name="good", step=8000)
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "latin.csv").write_bytes("précision".encode("latin-1"))
+    (tmp_path / "dangling.csv").symlink_to("nowhere")
+    text = tables(tmp_path)
+    assert text.count("| 80.00 | 1 |") == 1
+    assert "- `folder.csv`: cannot be read: Is a directory" in text
+    assert "- `latin.csv`: damaged: not CSV in UTF-8" in text
+    assert "- `dangling.csv`: cannot be read: No such file or directory" in text
+
+
+@pytest.mark.parametrize("args", [["--log", "x"], ["x"], ["--figures"]])
+def test_report_usage(args):
+    result = run_report(*args)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout
+
+
+def test_readme(tmp_path):
+    write_log(tmp_path / "logs", 91.5)
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"# Title\r\n<!-- tables -->\nold\n<!-- /tables -->\r\nend\n")
+    for _ in range(2):
+        result = run_report("--logs", tmp_path / "logs", "--readme", readme)
+        assert result.returncode == 0, result.stderr
+        assert readme.read_bytes() == (b"# Title\r\n<!-- tables -->\n" + result.stdout.encode()
+                                       + b"<!-- /tables -->\r\nend\n")
+    assert "91.50" in readme.read_text() and sorted(os.listdir(tmp_path)) == ["README.md", "logs"]
+
+
+@pytest.mark.parametrize("text", [None, "", "<!-- /tables --> <!-- tables -->", "<!-- tables -->"])
+def test_readme_without_markers(tmp_path, text):
+    readme = tmp_path / "README.md"
+    if text is not None:
+        readme.write_text(text)
+    result = run_report("--logs", tmp_path, "--readme", readme)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert str(readme) in result.stderr
+    assert readme.exists() == (text is not None) and (text is None or readme.read_text() == text)
+
+
+def test_readme_shows_the_committed_logs():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    text = tables(HERE / "results")
+    assert f"<!-- tables -->\n{text}\n<!-- /tables -->" in readme
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, lines", [(4, 4), (5, 3), (6, 4), (7, 4), (8, 2)])
+def test_figure_lines(all_runs, number, lines):
+    pytest.importorskip("matplotlib")
+    figure = report.draw_figure(number, *report.collect(all_runs)[:2])
+    assert len(figure.axes) == (2 if number == 8 else 1)
+    for ax in figure.axes:
+        assert len(ax.lines) == len(ax.collections) == lines  # a mean and a band each
+    assert f"Figure {number}" in figure.axes[0].get_title(loc="left")
+    assert figure.axes[-1].get_xlabel().startswith("iteration")
+    assert figure.axes[0].get_ylabel() == "training loss"
+    assert all("± 0.50 %" in line.get_label() for line in figure.axes[0].lines)
+    end = 64000 if number == 8 else 32000
+    assert figure.axes[0].lines[0].get_xdata()[-1] == end  # iterations, not hundreds of them
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_figure_values(tmp_path):
+    pytest.importorskip("matplotlib")
+    for seed, losses in enumerate([(2.0, 1.0, 0.5, 0.2), (4.0, 2.0, 0.7, 0.4)]):
+        write_log(tmp_path, 90, seed=seed, losses=losses, lr0=0.3, bs=64, step=8000, name=seed)
+        write_log(tmp_path, 90, seed=seed, losses=losses, step=8000, name=f"{seed} b")
+    line, = report.draw_figure(7, *report.collect(tmp_path)[:2]).axes[0].lines
+    assert list(line.get_xdata()) == [8000, 16000, 24000, 32000]
+    assert list(line.get_ydata()) == pytest.approx([3.0, 1.5, 0.6, 0.3])
+    assert line.get_markevery() == [0, 1, 2, 3]  # every decay of the learning rate
+    assert report.draw_figure(5, *report.collect(tmp_path)[:2]) is None
+
+
+def test_wild_loss_leaves_the_others_legible(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_log(tmp_path, 60, optimizer="adam", lr0=0.1, bs=64, losses=(1e30, 1e20))
+    write_log(tmp_path, 88, optimizer="sgd", lr0=0.1, bs=64, losses=(2.2, 0.3))
+    low, high = report.draw_figure(4, *report.collect(tmp_path)[:2]).axes[0].get_ylim()
+    assert 0.1 < low < 0.3 and 2.2 < high < 12
+
+
+def test_figure_files(all_runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run_report("--logs", all_runs, "--figures", tmp_path / "a" / "b")
+    assert result.returncode == 0 and not result.stderr
+    names = sorted(os.listdir(tmp_path / "a" / "b"))
+    assert names == [f"figure{n}.png" for n in range(4, 9)]
+    for name in names:
+        content = (tmp_path / "a" / "b" / name).read_bytes()
+        assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+        assert int.from_bytes(content[16:20], "big") == 1200  # pixels wide
+
+
+def test_figure_without_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_log(tmp_path / "logs", 91, lr0=0.5, bs=64)
+    result = run_report("--logs", tmp_path / "logs", "--figures", tmp_path / "figures")
+    assert result.returncode == 0 and os.listdir(tmp_path / "figures") == ["figure5.png"]
+    for number in (4, 6, 7, 8):
+        assert f"Figure {number} is not drawn" in result.stderr
+
+
+def test_figures_into_a_file(all_runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "figures").write_text("mine")
+    result = run_report("--logs", all_runs, "--figures", tmp_path / "figures")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert (tmp_path / "figures").read_text() == "mine"
+
+
+def test_without_matplotlib(all_runs, tmp_path):
+    """The tables need no package; the figures say which one they need."""
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    result = run_report("--logs", all_runs, "--figures", tmp_path / "f", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1 and "92.65 ± 0.50" in result.stdout
+    assert result.stderr == "report.py: the figures need matplotlib: pip install matplotlib\n"
+
+
+# ---- both scripts on generated data --------------------------------------------------------------
+
+
+TINY = "--data synthetic --iters 1 --log-every 1 --eval-every 1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the scripts, with all tables trained; and what run_all.sh printed."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("run_all.sh", "report.py", "train.py", "data.py", "model.py"):
+        shutil.copy(HERE / name, folder)
+    text = (folder / "data.py").read_text()
+    assert "(1000, 200)" in text  # generated images, of which ten and ten are enough here
+    (folder / "data.py").write_text(text.replace("(1000, 200)", "(10, 10)"))
+    return folder, run_all(folder, "--", *TINY)
+
+
+def test_all_tables_on_generated_data(project):
+    folder, result = project
+    assert result.returncode == 0, result.stderr
+    assert "**Not the report's settings: iters 1, data synthetic.**" in result.stdout
+    assert "| – |" not in result.stdout.split("### Extended run")[0]
+    files = {path: path.stat().st_mtime_ns for path in (folder / "logs").iterdir()}
+    assert sum(path.suffix == ".csv" for path in files) == 12
+    start = time.monotonic()
+    again = run_all(folder, "--", *TINY)
+    assert again.returncode == 0 and again.stdout.count("is complete") == 12
+    assert time.monotonic() - start < 12 * 10
+    assert {path: path.stat().st_mtime_ns for path in (folder / "logs").iterdir()} == files
+
+
+def test_parallel_logs_equal_sequential_ones(project):
+    folder, _ = project
+    commands = run_all(folder, "--list", "5", "--", *TINY, "--logs", "parallel").stdout
+    subprocess.run(["xargs", "-P", "2", "-I", "RUN", "bash", "-c", "RUN"], input=commands,
+                   text=True, cwd=folder, check=True, env=environment())
+    logs = [*(folder / "parallel").glob("*.csv")]
+    assert len(logs) == 3
+    for path in logs:
+        one, two = (re.sub(r",[^,]*$", "", (folder / logs / path.name).read_text(), flags=re.M)
+                    for logs in ("logs", "parallel"))
+        assert one == two
+
+
+def test_failing_and_interrupted_rows_on_generated_data(project):
+    folder, _ = project
+    (folder / "more").mkdir()
+    name = "sgd_lr0.3_bs64_step5000_iters9_synthetic_seed0"
+    (folder / "more" / f"{name}.ckpt").write_bytes(b"damaged")
+    flags = ["5", "--", *TINY, "--iters", "9", "--eval-every", "9", "--logs", "more"]
+    process = subprocess.Popen(["bash", folder / "run_all.sh", *flags], env=environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((folder / "more").glob("*.csv")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert len(list((folder / "more").glob("sgd_lr0.1_*.ckpt"))) == 1
+    again = run_all(folder, *flags)
+    assert again.stdout.count("goes on from iteration") == 1
+    assert again.returncode == 1 and f"{name}.ckpt is damaged" in again.stderr
+    assert len(list((folder / "more").glob("*.csv"))) == 2  # the others went on
+
+
+# ---- README and bench.py -------------------------------------------------------------------------
+
+
+def test_report_reads_what_train_writes():
+    assert report.HEADER == train.COLUMNS
+    assert report.REPORT == {key: str(config("--optimizer", "adam")[key] or config()[key])
+                             for key in report.REPORT}
+
+
+def test_readme_has_every_flag():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    shown = subprocess.run([sys.executable, HERE / "train.py", "--help"], text=True,
+                           capture_output=True, check=True).stdout
+    flags = set(re.findall(r"--[a-z][a-z-]*", shown[shown.index("options:"):])) - {"--help"}
+    assert len(flags) == 21
+    assert [flag for flag in flags if not re.search(rf"^\|.*`{flag}( FILE)?`", readme, re.M)] == []
+
+
+def test_bench(tmp_path, monkeypatch, capsys):
+    argv = "bench.py --bs 4 --steps 1 --rounds 2 --workers 0 --data synthetic --device cpu --csv"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path / "bench.csv")])
+    bench.main()
+    usual, ours = read_rows(tmp_path / "bench.csv")
+    assert (usual["code"], ours["code"]) == ("usual loop", "this code")
+    for row in (usual, ours):
+        assert float(row["images_per_s"]) == pytest.approx(4 / (float(row["ms"]) / 1e3), abs=1)
+    assert float(ours["ratio"]) == pytest.approx(float(usual["ms"]) / float(ours["ms"]), abs=0.01)
+    assert f"| 4 | this code | {ours['ms']} ± " in capsys.readouterr().out
+
+
+def test_operations_of_an_image():
+    forward = sum(  # multiply-adds of convolutions and linear layer, from the shapes of Table 1
+        [3 * 32 * 9 * 32**2, 6 * 32 * 32 * 9 * 32**2, 256 * 10]
+        + [(c * 2 * c * (9 + 1) + (2 * n - 1) * (2 * c) ** 2 * 9) * size**2
+           for c, n, size in ((32, 6, 16), (64, 4, 8), (128, 3, 4))])  # fmt: skip
+    stem = 3 * 32 * 9 * 32**2  # no gradient of the images is taken
+    assert 2 * (3 * forward - stem) == bench.flop_per_image()
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------
