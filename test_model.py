@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -1290,7 +1291,44 @@ def test_operations_of_an_image():
     assert 2 * (3 * forward - stem) == bench.flop_per_image()
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------
+# ---- the fast path -------------------------------------------------------------------------------
+
+
+def test_graphed_step_records_what_the_plain_step_does(monkeypatch):
+    optimizer = SimpleNamespace(param_groups=[{"lr": None}])
+    weight, recordings = torch.zeros(2), []
+
+    def step(plan, lr=None):
+        nonlocal weight
+        weight = 0.5 * weight - (lr or optimizer.param_groups[0]["lr"]) * plan.sum(1)
+
+    class Graph:
+        def replay(self):
+            step(self.plan, self.lr)
+
+    @contextmanager
+    def record(graph, stream):
+        """As CUDA does: nothing is computed, and the learning rate is a constant from now on."""
+        nonlocal weight
+        before = weight
+        yield
+        weight, graph.plan, graph.lr = before, graphed.plan, optimizer.param_groups[0]["lr"]
+        recordings.append(graph.lr)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    graphed = train.GraphedStep(step, optimizer)
+    plans = torch.arange(40.0).view(10, 2, 2)
+    results = []
+    for function in (step, graphed):
+        weight = torch.zeros(2)
+        for t, plan in enumerate(plans):
+            optimizer.param_groups[0]["lr"] = 0.2 ** (t // 4)
+            function(plan.clone())
+        results.append(weight)
+    assert torch.equal(*results)
+    assert recordings == [1.0, 0.2, 0.2**2]  # one a learning rate, after three plain steps
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

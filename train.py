@@ -210,11 +210,15 @@ class GraphedStep:
 
 
 @torch.no_grad()
-def evaluate(model: ResNet, split: data.Split, precision: str) -> Tensor:
-    """Correct predictions by class, int64 [10], with the running batch-norm statistics."""
+def evaluate(model: ResNet, split: data.Split, precision: str, check=lambda: None) -> Tensor:
+    """Correct predictions by class, int64 [10], with the running batch-norm statistics.
+
+    Calls `check` before each batch.
+    """
     model.eval()
     correct = torch.zeros(10, dtype=torch.int64, device=split.labels.device)
     for images, labels in zip(split.images.split(1000), split.labels.split(1000)):
+        check()
         with autocast(labels.device, precision):
             logits = model(data.scale(images))
         correct.index_add_(0, labels, (logits.argmax(1) == labels).long())
@@ -380,25 +384,17 @@ class Interrupted(SystemExit):
 
 
 class Interrupts:
-    """Makes SIGINT and SIGTERM raise Interrupted, but never inside `with interrupts:`."""
+    """Notes SIGINT and SIGTERM; they end the run where it calls `check`, and nowhere in between."""
 
     def __init__(self):
-        self.held, self.received = False, 0
+        self.received = 0
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+            signal.signal(number, self.note)
 
-    def receive(self, number: int, frame) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_IGN)  # one is enough: a second would hit the checkpoint
+    def note(self, number: int, frame) -> None:
         self.received = number
-        if not self.held:
-            raise Interrupted(128 + number)
 
-    def __enter__(self) -> None:
-        self.held = True
-
-    def __exit__(self, *exception) -> None:
-        self.held = False
+    def check(self) -> None:
         if self.received:
             raise Interrupted(128 + self.received)
 
@@ -423,7 +419,7 @@ class Progress:
         print(f"{line}  {left} left".ljust(79), end="\r" if renews else "\n", flush=True)
 
 
-def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: Interrupts) -> None:
+def train(run: Run, splits, args: argparse.Namespace, files: Files) -> None:
     """Train from where the run is to its last iteration, and write its log and weights.
 
     Exits with 3 when the loss is no longer finite. When interrupted, writes a checkpoint first.
@@ -432,11 +428,12 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: 
     setting = [*map(str, config.values()), processor(run.loss_sum.device), str(torch.__version__)]
     batches = math.ceil(len(train_split.labels) / config["bs"])  # an epoch's; the last may be short
     step = make_step(run, train_split, args.compile)
-    progress = Progress(config, run.iteration)
+    progress, interrupts = Progress(config, run.iteration), Interrupts()
     loss = float(run.rows[-1][COLUMNS.index("loss")]) if run.rows else math.nan
     epoch, started = None, time.perf_counter() - run.seconds
     try:
         while True:
+            interrupts.check()
             t = run.iteration  # how many are done, and so the number of the next, from 0
             last = t == config["iters"]
             evaluating = last or t % args.eval_every == 0
@@ -446,14 +443,13 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: 
                 seconds = time.perf_counter() - started
                 accuracy = ""
                 if evaluating and math.isfinite(loss):
-                    correct = evaluate(run.model, test_split, config["precision"])
+                    correct = evaluate(run.model, test_split, config["precision"], interrupts.check)
                     accuracy = f"{100 * correct.sum().item() / len(test_split.labels):.2f}"
                     started = time.perf_counter() - seconds  # evaluation is not training time
                 row = [f"{t}", f"{lr:.6g}", f"{loss:.6f}", accuracy, f"{seconds:.2f}"]
-                with interrupts:
-                    run.rows.append([*setting, *row])
-                    run.loss_sum.zero_()
-                    run.logged = t
+                run.rows.append([*setting, *row])
+                run.logged = t
+                run.loss_sum.zero_()
                 if not last or not math.isfinite(loss):  # the very last row follows the weights
                     write_log(files.log, run.rows)
                 if not math.isfinite(loss):
@@ -463,23 +459,20 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files, interrupts: 
                 break
             if t % args.ckpt_every == 0:
                 run.seconds = time.perf_counter() - started
-                with interrupts:
-                    run.save(files.checkpoint)
+                run.save(files.checkpoint)
             if t // batches != epoch:
                 epoch = t // batches
                 plan = data.epoch_plan(train_split, config["seed"], epoch)
             first = t % batches * config["bs"]
-            with interrupts:  # an iteration is done whole or not at all
-                run.optimizer.param_groups[0]["lr"] = decayed_lr(config, t)
-                step(plan[:, first : first + config["bs"]])
-                run.iteration += 1
-        with interrupts:
-            save(files.weights, {"config": config, "model": run.model.state_dict()})
-            write_log(files.log, run.rows)
+            run.optimizer.param_groups[0]["lr"] = decayed_lr(config, t)
+            step(plan[:, first : first + config["bs"]])
+            run.iteration += 1
     except Interrupted:
         run.seconds = time.perf_counter() - started
         run.save(files.checkpoint)
         raise
+    save(files.weights, {"config": config, "model": run.model.state_dict()})
+    write_log(files.log, run.rows)
 
 
 # ---- what the command does -----------------------------------------------------------------------
@@ -516,7 +509,7 @@ def processor(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def start(args: argparse.Namespace, interrupts: Interrupts) -> None:
+def start(args: argparse.Namespace) -> None:
     """Begin the run that the flags describe, or go on with it, or say that it is complete."""
     config = settings(args)
     name = run_name(config)
@@ -535,9 +528,11 @@ def start(args: argparse.Namespace, interrupts: Interrupts) -> None:
         if files.checkpoint.exists():
             run.resume(files.checkpoint)
             print(f"goes on from iteration {run.iteration}", flush=True)
+        elif is_complete(files.log, config):  # since a moment ago, by another process
+            return print(f"{files.log} is complete")
         elif files.log.exists():
             fail(f"{files.log} is unfinished and has no checkpoint; --fresh trains from the start")
-        train(run, splits, args, files, interrupts)
+        train(run, splits, args, files)
         files.clear_up()
     last = dict(zip(COLUMNS, run.rows[-1]))
     print(f"{last['test_acc']} % of the test images right, {last['seconds']} s of training")
@@ -559,9 +554,10 @@ def test(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    interrupts = Interrupts()
     try:
-        test(args) if args.eval else start(args, interrupts)
+        test(args) if args.eval else start(args)
+    except KeyboardInterrupt:  # before training began
+        sys.exit(130)
     except OSError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
