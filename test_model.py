@@ -645,6 +645,9 @@ def damage(kind: str, path: Path) -> None:
         torch.save({"config": Bomb(), "model": {}}, path)
     elif kind == "other network":
         zip_with(path, model=model.ResNet(project_layer1=True).state_dict())
+    elif kind == "weights":
+        saved = torch.load(path, weights_only=True)
+        torch.save({"config": saved["config"], "model": saved["model"]}, path)
     elif kind == "other configuration":
         zip_with(path, config=config("--lr", 0.1))
     else:
@@ -654,16 +657,16 @@ def damage(kind: str, path: Path) -> None:
 @pytest.mark.parametrize(
     "kind",
     ["truncated", "empty", "one byte changed", "pickle", "pickle in a zip", "other network",
-     "other configuration", "foreign"],
+     "weights", "other configuration", "foreign"],
 )  # fmt: skip
 def test_bad_checkpoints_and_weights(kind, killed, tmp_path):
     shutil.copytree(killed / "logs", tmp_path / "logs")
     damage(kind, tmp_path / "logs" / f"{NAME}.ckpt")
     before = outcome(tmp_path)
-    assert_one_line_error(call(tmp_path, *SHORT), 1, f"{NAME}.ckpt")
-    if kind != "other configuration":  # whose weights are as good as any
+    assert_one_line_error(call(tmp_path, *SHORT), 1, f"cannot use logs/{NAME}.ckpt")
+    if kind not in ("weights", "other configuration"):  # which are as good as any to test
         result = call(tmp_path, "--data", "synthetic", "--eval", f"logs/{NAME}.ckpt")
-        assert_one_line_error(result, 1, f"{NAME}.ckpt")
+        assert_one_line_error(result, 1, f"cannot use logs/{NAME}.ckpt")
     assert outcome(tmp_path) == before
     assert not (tmp_path / "exploded").exists()
 
@@ -1248,7 +1251,7 @@ def test_failing_and_interrupted_rows_on_generated_data(project):
     assert len(list((folder / "more").glob("sgd_lr0.1_*.ckpt"))) == 1
     again = run_all(folder, *flags)
     assert again.stdout.count("goes on from iteration") == 1
-    assert again.returncode == 1 and f"{name}.ckpt is damaged" in again.stderr
+    assert again.returncode == 1 and f"cannot use more/{name}.ckpt" in again.stderr
     assert len(list((folder / "more").glob("*.csv"))) == 2  # the others went on
 
 

@@ -267,26 +267,23 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """What `save` wrote, with its tensors on the CPU; exits when the file is not that."""
+    """What `save` wrote, with its tensors on the CPU; call it inside `using`."""
+    with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+        if archive.testzip():
+            raise zipfile.BadZipFile("wrong checksum")
+    content = dict(torch.load(path, map_location="cpu", weights_only=True))
+    if [*content["config"]] != COLUMNS[:12]:
+        raise ValueError("it holds no configuration")
+    return content
+
+
+@contextmanager
+def using(path: Path):
+    """Ends the program with one line where a file is damaged or not what it should be."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile("wrong checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if [*content["config"]] != COLUMNS[:12] or "model" not in content:
-            raise ValueError("no configuration or no weights in it")
-        return content
+        yield
     except Exception as error:  # damage may raise anything
-        reason = str(error).split("\n")[0] or type(error).__name__
-        fail(f"{path} is damaged or not of this program ({reason})")
-
-
-def load_weights(model: ResNet, saved: dict, path: Path) -> None:
-    """Copy the weights that `load` read from `path` into the model; exits when they do not fit."""
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:
-        fail(f"{path} holds the weights of another network")
+        fail(f"cannot use {path}: {type(error).__name__}, {' '.join(str(error).split())[:200]}")
 
 
 def write_log(path: Path, rows: list[list[str]]) -> None:
@@ -351,16 +348,17 @@ class Run:
 
     def resume(self, path: Path) -> None:
         """Go where the checkpoint was; exits when it is damaged or of another configuration."""
-        saved = load(path)
-        if saved["config"] != self.config:
-            fail(f"{path} is of another configuration; --fresh starts without it")
-        load_weights(self.model, saved, path)
-        # The groups hold flags of this start's device; the rest of the state is the run's.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
-        self.loss_sum.copy_(saved["loss_sum"])
-        for key in self.POSITION:
-            setattr(self, key, saved[key])
+        with using(path):
+            saved = load(path)
+            if saved["config"] != self.config:
+                raise ValueError("it is of another configuration; --fresh starts without it")
+            self.model.load_state_dict(saved["model"])
+            # The groups hold flags of this start's device; the rest of the state is the run's.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+            self.loss_sum.copy_(saved["loss_sum"])
+            for key in self.POSITION:
+                setattr(self, key, saved[key])
 
 
 def make_step(run: Run, train: data.Split, compiled: bool):
@@ -542,8 +540,10 @@ def start(args: argparse.Namespace) -> None:
 def test(args: argparse.Namespace) -> None:
     """Print the test accuracy of the weights in args.eval, overall and by class."""
     device = open_device(args)
-    saved, model = load(args.eval), ResNet()
-    load_weights(model, saved, args.eval)
+    model = ResNet()
+    with using(args.eval):
+        saved = load(args.eval)
+        model.load_state_dict(saved["model"])
     _, split = load_data(args.data, device)
     model.to(device, memory_format=torch.channels_last)
     correct = evaluate(model, split, saved["config"]["precision"])
