@@ -353,10 +353,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--figures", help="folder for figure4.png ... figure8.png")
     args = parser.parse_args(argv)
 
-    settings, rows, left_out = collect(args.logs)
-    text = markdown(settings, rows, left_out)
-    print(text)
     try:
+        settings, rows, left_out = collect(args.logs)
+        text = markdown(settings, rows, left_out)
+        print(text)
         if args.readme:
             rewrite_readme(args.readme, text)
         if args.figures:

@@ -319,7 +319,7 @@ BAD_FLAGS = [
     "--step 0", "--iters 0", "--iters 1e3", "--gamma 1.1", "--gamma -0.1", "--momentum 2",
     "--betas 0.9", "--betas 0.9 1", "--wd -1e-4", "--seed -1", f"--seed {2**32}", "--log-every 0",
     "--eval-every 0", "--ckpt-every 0", "--optimizer lion", "--precision fp8", "--device tpu",
-    "--device cuda:x", "--learning-rate 0.1", "--optim sgd", "stray",
+    "--device cuda:x", "--device cuda:00", "--learning-rate 0.1", "--optim sgd", "stray",
 ]  # fmt: skip
 
 
@@ -537,6 +537,21 @@ def test_complete_run_is_not_trained_again(undisturbed):
     assert time.perf_counter() - began < 5
     assert result.code == 0 and "is complete" in result.out
     assert outcome(folder) == before
+
+
+def test_truncated_log_is_not_complete(undisturbed, tmp_path):
+    shutil.copytree(undisturbed["sgd"] / "logs", tmp_path / "logs")
+    log = tmp_path / "logs" / f"{NAME}.csv"
+    whole = log.read_text()
+    # Cut within the last line, the accuracy's digits included; each is refused, none thrown away.
+    for length in (len(whole) - 1, whole.rindex(",") - 1, whole.rindex("cpu"), 300, 0):
+        log.write_text(whole[:length])
+        assert not train.is_complete(log, config(*SHORT))
+    assert_one_line_error(call(tmp_path, *SHORT), 1, "--fresh")
+    assert log.read_text() == ""
+    log.write_text(whole)
+    assert train.is_complete(log, config(*SHORT))
+    assert not train.is_complete(log, config(*SHORT, "--seed", 1))
 
 
 def test_fresh_trains_again(undisturbed, tmp_path):
@@ -1079,6 +1094,11 @@ def test_unreadable_log(tmp_path):
     assert "- `dangling.csv`: cannot be read: No such file or directory" in text
 
 
+def test_log_folder_that_the_system_refuses():
+    result = run_report("--logs", "x" * 300)
+    assert result.returncode in (0, 1) and "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("args", [["--log", "x"], ["x"], ["--figures"]])
 def test_report_usage(args):
     result = run_report(*args)
@@ -1271,6 +1291,15 @@ def test_readme_has_every_flag():
     flags = set(re.findall(r"--[a-z][a-z-]*", shown[shown.index("options:"):])) - {"--help"}
     assert len(flags) == 21
     assert [flag for flag in flags if not re.search(rf"^\|.*`{flag}( FILE)?`", readme, re.M)] == []
+
+
+def test_readme_shows_the_committed_timings():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    tables = [*(HERE / "results" / "bench").glob("*.csv")]
+    assert tables
+    for row in itertools.chain.from_iterable(map(read_rows, tables)):
+        figures = "{bs} | {code} | {ms} ± {spread} | {images_per_s} | {tflops} | {ratio}"
+        assert f"| {figures.format(**row)} |\n" in readme
 
 
 def test_bench(tmp_path, monkeypatch, capsys):

@@ -64,12 +64,12 @@ def within(kind: type, low: float, high: float):
 
 def fail(message: str, status: int = 1):
     """End the program with one line on stderr."""
-    print(f"train.py: {message}", file=sys.stderr)
+    print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
 def device_name(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d\d?)?", text):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9][0-9]?))?", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not cpu, mps, cuda or cuda:N")
     return text
 
@@ -295,12 +295,13 @@ def write_log(path: Path, rows: list[list[str]]) -> None:
 def is_complete(path: Path, config: dict) -> bool:
     """Whether this log's last row is this configuration's last iteration, with a test accuracy."""
     try:
-        with open(path, newline="", errors="replace") as file:
-            last = list(csv.DictReader(file))[-1]
+        text = path.read_text(errors="replace")
+        last = list(csv.DictReader(io.StringIO(text)))[-1]
     except (OSError, IndexError, csv.Error):  # none, an empty one, a damaged one
         return False
+    whole = text.endswith("\n") and bool(last.get("test_acc"))
     done = {**config, "iteration": config["iters"]}
-    return all(last.get(key) == str(done[key]) for key in done) and bool(last.get("test_acc"))
+    return whole and all(last.get(key) == str(done[key]) for key in done)
 
 
 @contextmanager
@@ -554,10 +555,10 @@ def test(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training notes it, Ctrl-C just ends it
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a path that the terminal cannot show
     try:
         test(args) if args.eval else start(args)
-    except KeyboardInterrupt:  # before training began
-        sys.exit(130)
     except OSError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
