@@ -451,6 +451,26 @@ def test_log_against_a_recomputation(undisturbed):
         assert torch.equal(saved["model"][key], value)
 
 
+def few_test_images_of_cifar10() -> None:
+    cifar10 = data.cifar10
+
+    def few(root):
+        training, test = cifar10(root)
+        return training, data.Split(test.images[:100], test.labels[:100])
+
+    data.cifar10 = few
+
+
+@pytest.mark.skipif(not has_cifar10, reason="no CIFAR-10 in ./data")
+def test_short_run_on_real_cifar10(tmp_path):
+    flags = ("--data", HERE / "data", "--bs", 8, "--lr", 0.01, "--iters", 8, "--device", "cpu")
+    result = call(tmp_path, *flags, hook=(few_test_images_of_cifar10,))
+    assert result.code == 0, result.err
+    (log,) = (tmp_path / "logs").glob("sgd_lr0.01_bs8_step8000_iters8_seed0.csv")
+    (row,) = read_rows(log)
+    assert row["data"] == "cifar10" and 1.8 < float(row["loss"]) < 3.2
+
+
 def test_learning_rate_and_short_batches_in_the_log(tmp_path):
     # Ten images in batches of six: epochs of two iterations, the second of four images.
     flags = "--data synthetic --bs 6 --iters 3 --step 2 --log-every 1 --device cpu"

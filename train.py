@@ -2,7 +2,7 @@
 
     python train.py                                # Table 8: SGD, lr 0.3, batch 128, step 8000
     python train.py --lr 0.1 --bs 64 --step 5000   # the SGD row of Tables 4 and 5
-    python train.py --data synthetic --iters 20 --bs 16   # a first try: no data set, no GPU
+    python train.py --data synthetic --lr 0.01 --bs 16 --iters 100   # a try: no data, no GPU
     python train.py --eval logs/NAME.pt            # test accuracy of saved weights, by class
 
 Writes LOGS/NAME.csv and LOGS/NAME.pt, and while it runs LOGS/NAME.ckpt; NAME is the settings.
@@ -413,9 +413,10 @@ class Progress:
         self.shown = now
         rate = (t - self.start) / (now - self.began)
         left = datetime.timedelta(seconds=round((self.iters - t) / rate))
-        line = f"{t}/{self.iters}  loss {loss:.4f}  lr {lr:.6g}  {rate * self.bs:.0f} images/s"
+        line = f"{t}/{self.iters}  loss {loss:.4f}  lr {lr:.6g}  "
+        line += f"{rate * self.bs:.0f} images/s  {left} left"
         renews = self.terminal and t < self.iters
-        print(f"{line}  {left} left".ljust(79), end="\r" if renews else "\n", flush=True)
+        print(line.ljust(79 * self.terminal), end="\r" if renews else "\n", flush=True)
 
 
 def train(run: Run, splits, args: argparse.Namespace, files: Files) -> None:
