@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
     except OSError as error:
-        sys.exit(f"report.py: {error.filename}: {error.strerror}")
+        sys.exit(f"report.py: {error}")
 
 
 if __name__ == "__main__":
