@@ -2,7 +2,7 @@
 
     python train.py                                # Table 8: SGD, lr 0.3, batch 128, step 8000
     python train.py --lr 0.1 --bs 64 --step 5000   # the SGD row of Tables 4 and 5
-    python train.py --data synthetic --lr 0.01 --bs 16 --iters 100   # a try: no data, no GPU
+    python train.py --data synthetic --lr 0.003 --bs 16 --iters 100   # a try: no data, no GPU
     python train.py --eval logs/NAME.pt            # test accuracy of saved weights, by class
 
 Writes LOGS/NAME.csv and LOGS/NAME.pt, and while it runs LOGS/NAME.ckpt; NAME is the settings.
