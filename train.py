@@ -283,7 +283,7 @@ def using(path: Path):
     try:
         yield
     except Exception as error:  # damage may raise anything
-        fail(f"cannot use {path}: {type(error).__name__}, {' '.join(str(error).split())[:200]}")
+        fail(f"cannot use {path}: {type(error).__name__}, {str(error)[:200]}")
 
 
 def write_log(path: Path, rows: list[list[str]]) -> None:
