@@ -1383,22 +1383,44 @@ def test_graphed_step_records_what_the_plain_step_does(monkeypatch):
     assert recordings == [1.0, 0.2, 0.2**2]  # one a learning rate, after three plain steps
 
 
+class InAnotherOrder(torch.nn.Module):
+    """The same network in NCHW: other kernels, so the same sums in another order."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network.to(memory_format=torch.contiguous_format)
+
+    def forward(self, images):
+        return self.network(images.contiguous())
+
+
+# One rounding flips some of millions of ReLUs, and these change a gradient by a thousandth. With a
+# smooth activation in their place a rounding stays one, and any real difference stands out.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_fast_path_equals_the_plain_one_on_cuda(optimizer):
-    argv = ["--optimizer", optimizer, "--lr", "0.01", "--step", "90", "--precision", "fp32"]
-    weights = []
-    for compiled in (False, False, True):
-        args = train.parse_args(argv)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(
+    "optimizer, lr", [("sgd", 0.002), ("adam", 1e-4), ("adagrad", 1e-4), ("asgd", 0.002)]
+)
+def test_fast_path_equals_the_plain_one_on_cuda(optimizer, lr, activation, monkeypatch):
+    monkeypatch.setattr(F, "relu", getattr(F, activation))
+    torch.compiler.reset()  # what was compiled for the other activation
+    flags = f"--optimizer {optimizer} --lr {lr} --step 90 --precision fp32".split()
+    weights = {}
+    for way in ("plain", "plain again", "another order", "fast"):
+        args = train.parse_args(flags)
         device = train.open_device(args)
         training, _ = data.load("synthetic", device)
         run = train.Run(train.settings(args), device)
-        step = train.make_step(run, training, compiled)
-        for t in range(200):  # across two decays and many short last batches
+        if way == "another order":
+            run.model = InAnotherOrder(run.model)
+        step = train.make_step(run, training, compiled=way == "fast")
+        for t in range(200):  # two decays, and a short last batch every eighth time
             plan = data.epoch_plan(training, 0, t // 8)
             run.optimizer.param_groups[0]["lr"] = train.decayed_lr(run.config, t)
             step(plan[:, t % 8 * 128 :][:, :128])
-        weights.append(torch.cat([p.flatten() for p in run.model.parameters()]))
-    noise, difference = ((weights[0] - w).norm() / weights[0].norm() for w in weights[1:])
-    print(f"{optimizer}: two eager runs differ by {noise:.1e}, the fast path by {difference:.1e}")
-    assert difference < max(10 * noise, 1e-4)
+        weights[way] = torch.cat([p.flatten() for p in run.model.parameters()])
+    norm = weights["plain"].norm()
+    apart = {way: ((w - weights["plain"]).norm() / norm).item() for way, w in weights.items()}
+    print(optimizer, activation, *(f"{way} {value:.1e}" for way, value in apart.items()))
+    assert apart["fast"] < 5 * max(apart["plain again"], apart["another order"])
+    assert activation == "relu" or apart["fast"] < 1e-3  # a decay left out: 3e-3 to 2e-2

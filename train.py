@@ -495,6 +495,8 @@ def open_device(args: argparse.Namespace) -> torch.device:
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
         # Graphs need capturable optimizers, and these complain of each step outside a graph.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+        # TF32 is for convolutions alone, as PyTorch has it; older compilers ask for more.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     return device
 
 
