@@ -1,6 +1,6 @@
 """Time a training step of this code beside the loop that most CIFAR-10 code uses.
 
-    python bench.py                              # a GPU: batches 32 to 256, tf32, under 3 minutes
+    python bench.py                              # a GPU: batches 32 to 256, tf32
     python bench.py --precision bf16             # this code in bf16 beside the same usual loop
     python bench.py --bs 32 --steps 2 --rounds 5 # a CPU
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--bs", type=count, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--steps", type=count, default=50, help="steps in a turn (50)")
     parser.add_argument("--rounds", type=count, default=10, help="turns of each (10)")
-    parser.add_argument("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
+    parser.add_argument("--workers", type=train.within(int, 0, 256), default=workers)
     parser.add_argument("--csv", type=Path, help="file to write the figures to as well")
     parser.epilog = "Any other flag is train.py's: --device, --precision, --data, --no-compile."
     args, others = parser.parse_known_args()

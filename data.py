@@ -2,8 +2,8 @@
 
     python data.py      # fetch and check CIFAR-10, draw Figure 1 before and after augmentation
 
-The whole data set lives on the device as bytes, and a batch is made there by four tensor
-operations. All of an epoch's randomness is one table, drawn from (seed, epoch) alone: iteration t
+The whole data set lives on the device as bytes, and a batch is made there by a few
+tensor lines. All of an epoch's randomness is one table, drawn from (seed, epoch) alone: iteration t
 sees the same batch on every device, and a resumed run needs no generator's state.
 """
 
@@ -97,8 +97,8 @@ def epoch_plan(split: Split, seed: int, epoch: int) -> Tensor:
     flips = torch.randint(2, (1, n), generator=generator)
     plan = torch.cat([order[None], offsets, flips])
     if device.type == "cuda":
-        plan = plan.pin_memory()  # the copy then waits for nothing
-    return plan.to(device, non_blocking=True)
+        return plan.pin_memory().to(device, non_blocking=True)  # waits for nothing
+    return plan.to(device)
 
 
 def scale(images: Tensor) -> Tensor:

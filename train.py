@@ -19,8 +19,10 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 import warnings
 import zipfile
@@ -95,9 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--logs", type=Path, default=Path("logs"), help="folder of logs and weights (./logs)")
     add("--device", type=device_name, help="cpu, mps, cuda or cuda:N (the best there is)")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
-        help="of convolutions on CUDA; bf16 is autocast with float32 weights (tf32)")  # fmt: skip
+        help="fp32 or tf32 convolutions on CUDA; or bf16: autocast (tf32)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compiled network in a CUDA graph (on for CUDA where Triton is there)")  # fmt: skip
+        help="compiled network in a CUDA graph (on for CUDA where Triton works)")  # fmt: skip
     add("--log-every", type=count, default=100, help="iterations of a row in the log (100)")
     add("--eval-every", type=count, default=1000, help="iterations between evaluations (1000)")
     add("--ckpt-every", type=count, default=1000, help="iterations between checkpoints (1000)")
@@ -184,16 +186,16 @@ def train_step(network, optimizer, windows, labels, precision, loss_sum, plan) -
 
 
 class GraphedStep:
-    """`step` recorded once as a CUDA graph, then replayed: one launch instead of hundreds.
+    """`step` recorded as a CUDA graph and replayed: one launch instead of hundreds.
 
     The first calls run as they are. They are real iterations, so that nothing need be put back, and
     they let the libraries and the optimizer allocate what a recording must find in place. The
     learning rate is a constant of the recording, so each decay makes a new one. Adagrad counts its
-    steps on the host, where a replay does not reach; it uses them only for a decay of its own.
+    steps on the host, where a replay does not reach; they matter to its own lr_decay alone, here 0.
     """
 
-    def __init__(self, step, optimizer: torch.optim.Optimizer, warmup: int = 3):
-        self.step, self.optimizer, self.warmup = step, optimizer, warmup
+    def __init__(self, step, optimizer: torch.optim.Optimizer):
+        self.step, self.optimizer, self.warmup = step, optimizer, 3
         self.lr = self.graph = self.plan = None
 
     def __call__(self, plan: Tensor) -> None:
@@ -256,7 +258,7 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)  # on a full disk it is in the way
-        fail(f"cannot write {path}: {error.strerror}; the last checkpoint stands")
+        fail(f"cannot write {path}: {error.strerror}; once it can be, start again to continue")
 
 
 def save(path: Path, content: dict) -> None:
@@ -443,9 +445,12 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files) -> None:
                 seconds = time.perf_counter() - started
                 accuracy = ""
                 if evaluating and math.isfinite(loss):
-                    correct = evaluate(run.model, test_split, config["precision"], interrupts.check)
-                    accuracy = f"{100 * correct.sum().item() / len(test_split.labels):.2f}"
-                    started = time.perf_counter() - seconds  # evaluation is not training time
+                    try:
+                        check = interrupts.check
+                        correct = evaluate(run.model, test_split, config["precision"], check)
+                        accuracy = f"{100 * correct.sum().item() / len(test_split.labels):.2f}"
+                    finally:  # evaluation is not training time
+                        started = time.perf_counter() - seconds
                 row = [f"{t}", f"{lr:.6g}", f"{loss:.6f}", accuracy, f"{seconds:.2f}"]
                 run.rows.append([*setting, *row])
                 run.logged = t
@@ -470,6 +475,8 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files) -> None:
     except Interrupted:
         run.seconds = time.perf_counter() - started
         run.save(files.checkpoint)
+        line = "\n" * progress.terminal + f"stopped after {run.iteration} iterations"
+        print(f"{line}; the same command continues", flush=True)
         raise
     save(files.weights, {"config": config, "model": run.model.state_dict()})
     write_log(files.log, run.rows)
@@ -478,15 +485,22 @@ def train(run: Run, splits, args: argparse.Namespace, files: Files) -> None:
 # ---- what the command does -----------------------------------------------------------------------
 
 
+def triton_works() -> bool:
+    """Whether Triton is there, and what it builds its launcher from: a C compiler and headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    return bool(importlib.util.find_spec("triton") and compiler and header.exists())
+
+
 def open_device(args: argparse.Namespace) -> torch.device:
     """The device asked for, else cuda, else mps, else cpu, made ready; settles args.compile too."""
     there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     device = torch.device(args.device or next(name for name in there if there[name]))
     if (device.index or 0) >= there[device.type]:
         fail(f"device {device} is not there; without --device the best one that is there is taken")
-    can_compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    can_compile = device.type == "cuda" and triton_works()
     if args.compile and not can_compile:
-        fail("--compile needs a CUDA device and Triton")
+        fail("--compile needs a CUDA device, Triton, a C compiler and Python's headers")
     args.compile = can_compile if args.compile is None else args.compile
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
@@ -523,7 +537,8 @@ def start(args: argparse.Namespace) -> None:
     splits = load_data(args.data, device)
     run = Run(config, device)
     parameters = count_parameters(run.model)
-    print(f"{processor(device)}, {args.precision}, {parameters:,} parameters\n{name}", flush=True)
+    how = f"{args.precision}, {'compiled' if args.compile else 'eager'}"
+    print(f"{processor(device)}, {how}, {parameters:,} parameters\n{name}", flush=True)
     with locked(files.lock):
         if args.fresh:
             files.forget()
@@ -543,14 +558,15 @@ def start(args: argparse.Namespace) -> None:
 
 def test(args: argparse.Namespace) -> None:
     """Print the test accuracy of the weights in args.eval, overall and by class."""
-    device = open_device(args)
     model = ResNet()
     with using(args.eval):
         saved = load(args.eval)
         model.load_state_dict(saved["model"])
+        args.precision = saved["config"]["precision"]
+    device = open_device(args)
     _, split = load_data(args.data, device)
     model.to(device, memory_format=torch.channels_last)
-    correct = evaluate(model, split, saved["config"]["precision"])
+    correct = evaluate(model, split, args.precision)
     print(f"{run_name(saved['config'])}: {100 * correct.sum() / len(split.labels):.2f} %")
     for name, right, count in zip(data.CLASSES, correct, split.labels.bincount()):
         print(f"{name:<10} {100 * right / count:6.2f} %")
@@ -565,7 +581,7 @@ def main() -> None:
     except OSError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail(f"batches of {args.bs} images do not fit in the device's memory; try a lower --bs")
+        fail("the device's memory is full; try a lower --bs, or another --device")
 
 
 if __name__ == "__main__":
