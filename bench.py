@@ -116,7 +116,8 @@ def main() -> None:
     parser.add_argument("--bs", type=count, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--steps", type=count, default=50, help="steps in a turn (50)")
     parser.add_argument("--rounds", type=count, default=10, help="turns of each (10)")
-    parser.add_argument("--workers", type=train.within(int, 0, 256), default=workers)
+    parser.add_argument("--workers", type=train.within(int, 0, 256), default=workers,
+                        help="of the DataLoader (up to 8)")  # fmt: skip
     parser.add_argument("--csv", type=Path, help="file to write the figures to as well")
     parser.epilog = "Any other flag is train.py's: --device, --precision, --data, --no-compile."
     args, others = parser.parse_known_args()
