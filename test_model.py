@@ -587,7 +587,7 @@ def test_fresh_trains_again(undisturbed, tmp_path):
 def test_eval_gives_the_logged_accuracy(undisturbed):
     folder = undisturbed["sgd"]
     before = outcome(folder)
-    result = call(folder, "--data", "synthetic", "--eval", f"logs/{NAME}.pt", "--device", "cpu")
+    result = call(folder, "--eval", f"logs/{NAME}.pt", "--device", "cpu")  # data as trained on
     logged = read_rows(folder / "logs" / f"{NAME}.csv")[-1]["test_acc"]
     assert result.code == 0 and f"{NAME}: {logged} %\n" in result.out
     by_class = re.findall(r"^(\w+) +([\d.]+) %$", result.out, re.M)

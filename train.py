@@ -563,6 +563,8 @@ def test(args: argparse.Namespace) -> None:
         saved = load(args.eval)
         model.load_state_dict(saved["model"])
         args.precision = saved["config"]["precision"]
+        if saved["config"]["data"] == "synthetic":  # real images would be a test of nothing
+            args.data = "synthetic"
     device = open_device(args)
     _, split = load_data(args.data, device)
     model.to(device, memory_format=torch.channels_last)
