@@ -2,9 +2,9 @@
 
     python data.py      # fetch and check CIFAR-10, draw Figure 1 before and after augmentation
 
-The whole data set lives on the device as bytes, and a batch is made there by a few
-tensor lines. All of an epoch's randomness is one table, drawn from (seed, epoch) alone: iteration t
-sees the same batch on every device, and a resumed run needs no generator's state.
+The whole data set lives on the device as bytes, and a batch is made there by a few tensor lines.
+All of an epoch's randomness is one table, drawn from (seed, epoch) alone: iteration t sees the same
+batch on every device, and a resumed run needs no generator's state.
 """
 
 import argparse
