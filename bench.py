@@ -70,14 +70,15 @@ def usual_step(split: data.Split, config: dict, device: torch.device, workers: i
     return step
 
 
-def our_step(split: data.Split, config: dict, device: torch.device, compiled: bool):
-    """A function that trains one iteration as train.py does."""
-    run = train.Run(config, device)
-    step_on = train.make_step(run, split, compiled)
+def our_step(split: data.Split, config: dict, device: torch.device, how: str):
+    """A function that trains one iteration as train.py does: plain, recorded or compiled."""
+    model, optimizer = train.build(config, device)
+    loss_sum = torch.zeros((), device=device)
+    step = train.make_step(config, model, optimizer, split, loss_sum, how)
     full = len(split.labels) // config["bs"] * config["bs"]
     epochs = (data.epoch_plan(split, 0, epoch)[:, :full] for epoch in itertools.count())
     batches = itertools.chain.from_iterable(plan.split(config["bs"], dim=1) for plan in epochs)
-    return lambda: step_on(next(batches))
+    return lambda: step(next(batches))
 
 
 def synchronize(device: torch.device) -> None:
@@ -111,30 +112,36 @@ def flop_per_image() -> float:
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = train.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    count, workers = train.within(int, 1, 10**6), min(8, os.cpu_count())
-    parser.add_argument("--bs", type=count, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--steps", type=count, default=50, help="steps in a turn (50)")
-    parser.add_argument("--rounds", type=count, default=10, help="turns of each (10)")
-    parser.add_argument("--workers", type=train.within(int, 0, 256), default=workers,
-                        help="of the DataLoader (up to 8)")  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    workers = min(8, os.cpu_count())
+    parser.add_argument("--bs", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--steps", type=int, default=50, help="steps in a turn (50)")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each (10)")
+    parser.add_argument("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
     parser.add_argument("--csv", type=Path, help="file to write the figures to as well")
-    parser.epilog = "Any other flag is train.py's: --device, --precision, --data, --no-compile."
+    parser.epilog = "Any other flag is train.py's: --device, --precision, --data."
     args, others = parser.parse_known_args()
     flags = train.parse_args(others)
-    device = train.open_device(flags)
-    split, _ = train.load_data(flags.data, device)
-    flop, machine = flop_per_image(), train.processor(device)
+    device = train.open_device(flags.device, flags.precision)
+    ways = ("plain", "recorded", "compiled") if device.type == "cuda" else ("plain",)
+    split, _ = data.load(flags.data, device)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    flop = flop_per_image()
     print(f"{machine}, torch {torch.__version__}, {flags.precision}, {args.workers} workers")
     print("\n| batch | code | ms a step | images/s | TFLOP/s | ratio |\n|--:|---|--:|--:|--:|--:|")
     rows = []
     for bs in args.bs:
         flags.bs = bs
         config = train.settings(flags)
-        steps = {
-            "usual loop": usual_step(split, config, device, args.workers),
-            "this code": our_step(split, config, device, flags.compile),
-        }
+        steps = {"usual loop": usual_step(split, config, device, args.workers)}
+        for way in ways:
+            name = "this code" if way == "plain" else f"this code, {way}"
+            steps[name] = our_step(split, config, device, way)
+            began = time.perf_counter()
+            for _ in range(4):  # three plain iterations, then the recording
+                steps[name]()
+            synchronize(device)
+            print(f"batch {bs}, {name}: {time.perf_counter() - began:.1f} s to start")
         turns = time_turns(steps, device, args.rounds, args.steps)
         medians = {name: statistics.median(turn) for name, turn in turns.items()}
         for name, seconds in medians.items():

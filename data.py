@@ -8,7 +8,10 @@ batch on every device, and a resumed run needs no generator's state.
 """
 
 import argparse
+import difflib
+import os
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -49,16 +52,24 @@ def cifar10(root: Path) -> list[Split]:
     """The 50,000 training and 10,000 test images, checked, and fetched first if not there."""
     from torchvision.datasets import CIFAR10  # 1.5 s that synthetic data need not wait for
 
-    folder, there = root / CIFAR10.base_folder, False
+    folder = root / CIFAR10.base_folder
+    if root.name == folder.name:
+        raise DataError(f"--data is the folder that holds {root.name}: use --data {root.parent}")
+    if not root.exists() and difflib.get_close_matches(root.name, ["synthetic"]):
+        raise DataError(f"there is no folder {root}; did you mean --data synthetic?")
+    problem = f"no CIFAR-10 in {root}, and the download failed: unpack {CIFAR10.url} there"
     try:
-        there = folder.exists()
-        sets = [CIFAR10(str(root), train, download=not there) for train in (True, False)]
+        if not folder.exists():
+            # Into a folder of its own, so that a failure or a kill leaves nothing half done.
+            with tempfile.TemporaryDirectory(dir=root if root.exists() else root.parent) as new:
+                CIFAR10(new, download=True)
+                root.mkdir(exist_ok=True)
+                os.replace(Path(new, folder.name), folder)
+        problem = f"cannot read {folder}: delete it and start again to fetch it anew"
+        sets = [CIFAR10(str(root), train) for train in (True, False)]
     except Exception as error:  # whatever a network, an archive or a file system may raise
         reason = error if isinstance(error, OSError) else "its checksums are wrong"
-        problem = f"no CIFAR-10 in {root}, no download ({reason}): unpack {CIFAR10.url} there"
-        if there:
-            problem = f"cannot read {folder} ({reason}): delete it and start again to fetch it anew"
-        raise DataError(f"{problem}, or try --data synthetic") from error
+        raise DataError(f"{problem}, or try --data synthetic ({reason})") from error
     return [
         Split(torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets
     ]

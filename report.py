@@ -1,182 +1,144 @@
-"""The report's Tables 4-7 and Figures 4-8 from the logs of train.py, beside its own figures.
+"""The report's Tables 4-7 and Figures 4-8 from the logs of train.py, beside its own numbers.
 
     python report.py                        prints the tables of ./logs as Markdown
     python report.py --readme README.md     also rewrites them between the markers there
     python report.py --figures figures      also draws figure4.png ... (needs matplotlib)
 
-Only complete runs of one set of settings enter the tables and figures: the report's, or if
-no run has those, the settings of most runs. Every other log is named with the reason.
+Shown are complete runs, at full length and at 1/N of it (run_all.sh --shorten N), with the report's
+settings or, where no run has them, those of most runs. Every other log is named with the reason.
+The rows are read from run_all.sh, the logs of the report's author from results/author.csv.
 """
 
 import argparse
 import csv
-import io
 import math
 import os
 import sys
-from itertools import pairwise
+from bisect import bisect
+from collections import Counter
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
-HEADER = ("optimizer,lr0,bs,step,gamma,momentum,betas,wd,iters,seed,data,precision,device,torch,"
-          "iteration,lr,loss,test_acc,seconds").split(",")
-
-# Table 3, Adam's betas from the author's code, and PyTorch's default arithmetic on CUDA.
+HERE = Path(__file__).resolve().parent
+# What no row sets: Table 3, Adam's betas from the author's code, PyTorch's arithmetic on CUDA.
 REPORT = {"gamma": "0.2", "momentum": "0.9", "betas": "0.7 0.7", "wd": "0.0001",
-          "iters": "32000", "data": "cifar10", "precision": "tf32"}
-
-EXTENDED = ("sgd", 0.3, 128, 10000, 64000)  # the one row with iterations of its own
-
-# table: (what varies, what does not, first column, rows);
-# row: (label, (optimizer, lr, batch size, decay step), the report's accuracy in percent)
-TABLES = {
-    4: ("on different optimizers", "Learning rate 0.1, batch size 64, decay step 5,000",
-        "Optimizer", [
-        ("Adam", ("adam", 0.1, 64, 5000), 60.47),
-        ("SGD", ("sgd", 0.1, 64, 5000), 88.51),
-        ("Adagrad", ("adagrad", 0.1, 64, 5000), 84.90),
-        ("ASGD", ("asgd", 0.1, 64, 5000), 88.95)]),
-    5: ("at different learning rates", "SGD, batch size 64, decay step 5,000", "Learning rate", [
-        ("0.1", ("sgd", 0.1, 64, 5000), 88.51),
-        ("0.3", ("sgd", 0.3, 64, 5000), 89.31),
-        ("0.5", ("sgd", 0.5, 64, 5000), 87.70)]),
-    6: ("at different batch sizes", "SGD, learning rate 0.3, decay step 5,000", "Batch size", [
-        ("32", ("sgd", 0.3, 32, 5000), 84.96),
-        ("64", ("sgd", 0.3, 64, 5000), 89.31),
-        ("128", ("sgd", 0.3, 128, 5000), 91.07),
-        ("256", ("sgd", 0.3, 256, 5000), 90.40)]),
-    7: ("at different decay steps", "SGD, learning rate 0.3, batch size 128", "Decay step", [
-        ("4,000", ("sgd", 0.3, 128, 4000), 89.83),
-        ("5,000", ("sgd", 0.3, 128, 5000), 91.07),
-        ("8,000", ("sgd", 0.3, 128, 8000), 92.65),
-        ("10,000", ("sgd", 0.3, 128, 10000), 92.14)]),
-    "extended": ("after 64,000 iterations",
-                 "SGD, learning rate 0.3, batch size 128, decay step 10,000",
-                 "Iterations", [("64,000", EXTENDED, 93.18)]),
+          "data": "cifar10", "precision": "tf32"}  # fmt: skip
+TABLES = {  # what varies, and what does not
+    "4": ("Optimizer", "Learning rate 0.1, batch size 64, decay step 5,000"),
+    "5": ("Learning rate", "SGD, batch size 64, decay step 5,000"),
+    "6": ("Batch size", "SGD, learning rate 0.3, decay step 5,000"),
+    "7": ("Decay step", "SGD, learning rate 0.3, batch size 128"),
+    "extended": ("Iterations", "SGD, learning rate 0.3, batch size 128, decay step 10,000"),
 }
+COLOURS, MARKERS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], "os^D"  # Okabe-Ito
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.color": "0.9", "axes.labelsize": 12, "axes.titlesize": 13,
+         "axes.titlelocation": "left", "xtick.labelsize": 11, "ytick.labelsize": 11,
+         "legend.fontsize": 11, "legend.title_fontsize": 11, "legend.frameon": False,
+         "lines.linewidth": 1.3, "lines.markersize": 5}  # fmt: skip
 
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]  # Okabe-Ito
-MARKERS = ["o", "s", "^", "D"]
+
+def table_rows(table: str) -> list[tuple[str, float, tuple]]:
+    """A table's rows in run_all.sh: label, the report's accuracy in percent, and key, which is
+    (optimizer, learning rate, batch size, decay step, iterations)."""
+    rows = []
+    for line in (HERE / "run_all.sh").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{table} "):
+            _, reported, name, lr, *numbers = line.split()
+            key = (name, float(lr), *map(int, numbers))
+            name = {"adam": "Adam", "adagrad": "Adagrad"}.get(name, name.upper())
+            label = [name, lr, *(f"{number:,}" for number in key[2:])][list(TABLES).index(table)]
+            rows.append((label, float(reported), key))
+    return rows
 
 
 # ---- logs ----------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of one run's CSV as dicts of text.
-
-    Raises OSError, or ValueError that says where the file is damaged.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8")
-        rows = list(csv.reader(io.StringIO(text, newline="")))
-    except (UnicodeDecodeError, csv.Error):
-        raise ValueError("damaged: not CSV in UTF-8") from None
-    if not rows or rows[0] != HEADER:
-        raise ValueError("damaged: line 1 is not the header that train.py writes")
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(HEADER) or "\0" in "".join(row):
-            raise ValueError(f"damaged: line {number} is not {len(HEADER)} values")
-        if row[:12] != rows[1][:12]:  # up to precision; a restart may change device and torch
-            raise ValueError(f"damaged: line {number} has other settings than line 2")
-    if not text.endswith("\n"):
-        raise ValueError("damaged: the last line is cut short")
-    return [dict(zip(HEADER, row)) for row in rows[1:]]
+def complete_run(rows: list[dict]) -> dict:
+    """A run: the last row of its log, and `key` as in table_rows, `loss` {iteration: mean over 100,
+    as in the author's logs}, `test_acc` {iteration: percent}, `accuracy` (the last), `hours`, and
+    `settings`, those that are not the report's. ValueError: the run is not complete."""
+    run = rows[-1] | {"loss": {}, "test_acc": {}}
+    numbers = [int(run[name]) for name in ("bs", "step", "iters")]
+    fixed = run.keys() - {"device", "torch", "iteration", "lr", "loss", "test_acc", "seconds"}
+    start = end = total = 0
+    for row in rows:
+        before, end, loss = end, int(row["iteration"]), float(row["loss"])
+        if end <= before or any(row[name] != run[name] for name in fixed):
+            raise ValueError(f"damaged: the row of iteration {end} does not belong there")
+        if not math.isfinite(loss):
+            raise ValueError(f"diverged at iteration {end}: loss {loss}")
+        total += (end - before) * loss
+        if end % 100 == 0:
+            run["loss"][end] = total / (end - start)
+            start, total = end, 0
+        if row["test_acc"]:
+            run["test_acc"][end] = float(row["test_acc"])
+    if end != numbers[-1] or end not in run["test_acc"]:
+        raise ValueError(f"incomplete: {end} of {numbers[-1]} iterations")
+    other = [f"{k} {run[k]}" for k in REPORT if run.get(k, "") not in ("", REPORT[k])]
+    return run | {"key": (run["optimizer"], float(run["lr0"]), *numbers),
+                  "accuracy": run["test_acc"][end], "settings": ", ".join(other),
+                  "hours": float(run.get("seconds", 0)) / 3600}  # fmt: skip
 
 
 def read_log(path: Path) -> dict:
-    """Read one complete run's CSV.
-
-    Returns a dict: the settings as written, `key` and `seed`, sets `device` and `torch`, and one
-    entry a row of the log in the lists `iteration`, `loss` (cross-entropy) and `test_acc`
-    (percent, None where not evaluated). Raises OSError, or ValueError that says why the log
-    cannot be used: damaged, diverged or incomplete.
-    """
-    rows = read_rows(path)
-    if not rows:
-        raise ValueError("incomplete: no iteration logged")
-    run = {name: rows[0][name] for name in REPORT} | {"name": path.name}
-    run |= {name: {row[name] for row in rows} for name in ("device", "torch")}
+    """The complete_run of one CSV of train.py. Raises OSError, or ValueError that says why not."""
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError("damaged: empty, or the last line is cut short")
     try:
-        first = rows[0]
-        key = (first["optimizer"], float(first["lr0"]), int(first["bs"]), int(first["step"]))
-        iters, run["seed"] = int(first["iters"]), int(first["seed"])
-        for name, kind in (("iteration", int), ("lr", float), ("loss", float), ("seconds", float)):
-            run[name] = [kind(row[name]) for row in rows]
-        run["test_acc"] = [float(row["test_acc"]) if row["test_acc"] else None for row in rows]
-    except ValueError as error:
-        raise ValueError(f"damaged: {error}") from None
-
-    for before, after in pairwise([0] + run["iteration"]):
-        if after <= before:
-            raise ValueError(f"damaged: iteration {after} follows {before}")
-    for iteration, loss, acc in zip(run["iteration"], run["loss"], run["test_acc"]):
-        if not math.isfinite(loss):
-            raise ValueError(f"diverged at iteration {iteration}: loss {loss}")
-        if acc is not None and not 0 <= acc <= 100:
-            raise ValueError(f"damaged: test_acc {acc} at iteration {iteration}")
-    if run["iteration"][-1] != iters or run["test_acc"][-1] is None:
-        raise ValueError(f"incomplete: {run['iteration'][-1]} of {iters} iterations")
-
-    run["key"] = key
-    if key == EXTENDED[:4] and iters == EXTENDED[4]:
-        run["key"], run["iters"] = EXTENDED, ""
-    return run
+        return complete_run(list(csv.DictReader(text.splitlines()))) | {"file": path.name}
+    except (LookupError, TypeError, csv.Error) as error:
+        raise ValueError(f"damaged: {error!r}") from None
 
 
-def differences(run: dict, settings: dict) -> str:
-    """A run's settings that are not these, as text; what a run leaves empty it does not use."""
-    return ", ".join(f"{name} {run[name]}" for name in settings
-                     if run[name] not in ("", settings[name]))
+def read_author() -> list[dict]:
+    """The 15 published logs of the report's author, each as complete_run has it."""
+    with open(HERE / "results" / "author.csv", newline="", encoding="utf-8") as file:
+        groups = groupby(csv.DictReader(file), lambda row: row["run"])
+        return [complete_run(list(rows)) for _, rows in groups]
 
 
-def choose_settings(runs: list[dict]) -> dict:
-    """The settings to show: the report's, or if no run has them, those of most runs."""
-    if any(not differences(run, REPORT) for run in runs):
-        return REPORT
-
-    def merit(settings):  # of equally many runs, the nearer to the report
-        return (sum(not differences(run, settings) for run in runs),
-                sum(settings[name] == REPORT[name] for name in REPORT))
-
-    candidates = [{name: run[name] or REPORT[name] for name in REPORT} for run in runs]
-    return max(candidates, default=REPORT, key=merit)
-
-
-def collect(folder: str) -> tuple[dict, dict, list]:
-    """Sort the logs of a folder into rows of the tables.
-
-    Returns the settings shown, a dict from a row's key to its runs (one a seed), and a list of
-    (file name, why it was left out).
-    """
-    runs, left_out = [], []
-    for path in sorted(Path(folder).glob("*.csv"), key=lambda path: path.stem):
+def collect(folder: str | Path) -> tuple[str, dict, list]:
+    """Sort a folder's logs into the rows. Returns the settings shown that are not the report's, as
+    text; {(key, N): runs at 1/N of that row's length, one a seed}; and a list of (file name, why it
+    was left out)."""
+    keys = {key for name in TABLES for *_, key in table_rows(name)}
+    found, runs, left_out = [], {}, []
+    for path in sorted(Path(folder).iterdir(), key=lambda path: path.stem):
         try:
-            runs.append(read_log(path))
-        except OSError as error:
-            left_out.append((path.name, f"cannot be read: {error.strerror}"))
-        except ValueError as error:
-            left_out.append((path.name, str(error)))
-    rows = {key: [] for *_, entries in TABLES.values() for _, key, _ in entries}
-    settings = choose_settings([run for run in runs if run["key"] in rows])
-    for run in runs:
-        twins = [other for other in rows.get(run["key"], []) if other["seed"] == run["seed"]]
-        if run["key"] not in rows:
-            left_out.append((run["name"], "not a row of the tables"))
-        elif differences(run, settings):
-            left_out.append((run["name"], "other settings: " + differences(run, settings)))
+            if path.suffix == ".csv" and path.name != "author.csv":
+                found.append(read_log(path))
+        except (OSError, ValueError) as error:
+            left_out.append((path.name, getattr(error, "strerror", str(error))))
+    for run in found:
+        *same, step, iters = run["key"]
+        places = [((*same, step * n, iters * n), n) for n in range(1, 1001)]
+        run["place"] = next((place for place in places if place[0] in keys), None)
+    counts = Counter(run["settings"] for run in found if run["place"])
+    shown = "" if "" in counts or not counts else counts.most_common(1)[0][0]
+    for run in found:
+        seeds = runs.get(run["place"], [])
+        twins = [other["file"] for other in seeds if other["seed"] == run["seed"]]
+        if not run["place"]:
+            left_out.append((run["file"], "not a row of the tables"))
+        elif run["settings"] != shown:
+            left_out.append((run["file"], f"other settings: {run['settings']}"))
         elif twins:
-            left_out.append((run["name"], f"same settings and seed as {twins[0]['name']}"))
+            left_out.append((run["file"], f"same settings and seed as {twins[0]}"))
         else:
-            rows[run["key"]].append(run)
-    return settings, rows, left_out
+            runs[run["place"]] = [*seeds, run]
+    return shown, runs, left_out
 
 
 def accuracy(runs: list[dict]) -> tuple[float | None, str]:
-    """Final test accuracy in percent over seeds: mean, and text '92.65 ± 0.12'; None, '–'."""
-    finals = [run["test_acc"][-1] for run in runs]
+    """Final test accuracy in percent over seeds: mean, and text '92.65 ± 0.12'; None, ''."""
+    finals = [run["accuracy"] for run in runs]
     if not finals:
-        return None, "–"
+        return None, ""
     deviation = f" ± {stdev(finals):.2f}" if len(finals) > 1 else ""
     return fmean(finals), f"{fmean(finals):.2f}{deviation}"
 
@@ -184,66 +146,116 @@ def accuracy(runs: list[dict]) -> tuple[float | None, str]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def ranking(labels: list[str], accuracies: list[float]) -> str:
-    """'ASGD > SGD = Adam': best first, '=' where two print the same."""
-    order = sorted(zip(labels, accuracies), key=lambda pair: -round(pair[1], 2))
-    text = order[0][0]
-    for (_, better), (label, worse) in pairwise(order):
-        text += f" {'=' if round(better, 2) == round(worse, 2) else '>'} {label}"
-    return text
+def table(rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table with a header row; a column without any value is left out."""
+    columns = [column for column in zip(*rows) if any(column[1:])]
+    header, *lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
+    return [header, "|---" + "|--:" * (len(columns) - 1) + "|", *lines]
 
 
-def table(number: int | str, rows: dict) -> list[str]:
-    """Markdown lines of one of Tables 4-7 or the extended run, and whether its ranking holds."""
-    what, fixed, column, entries = TABLES[number]
-    title = "Extended run" if number == "extended" else f"Table {number}"
-    lines = [f"### {title}: final accuracy {what}", "", f"{fixed}.", "",
-             f"| {column} | Report, % | Ours, % | n | Difference |", "|---|--:|--:|--:|--:|"]
-    means = []
-    for label, key, reported in entries:
-        mean, text = accuracy(rows[key])
-        difference = "–" if mean is None else f"{round(mean, 2) - reported:+.2f}"
-        lines.append(f"| {label} | {reported:.2f} | {text} | {len(rows[key])} | {difference} |")
-        means.append(mean)
-    if number == "extended":
-        return lines + [""]
-    labels = [label for label, *_ in entries]
-    theirs = ranking(labels, [reported for *_, reported in entries])
-    if None in means:
-        verdict = "ours is incomplete"
-    elif ranking(labels, means) == theirs:
-        verdict = "it holds"
-    else:
-        verdict = f"it does not hold, ours is {ranking(labels, means)}"
-    return lines + ["", f"Ranking of the report: {theirs}; {verdict}.", ""]
+def accuracies(name: str, runs: dict) -> list[str]:
+    """Lines of one of Tables 4-7 or the extended run, all lengths side by side."""
+    rows = [[TABLES[name][0], "Report, %"]]
+    rows += [[label, f"{reported:.2f}"] for label, reported, _ in table_rows(name)]
+    for n in sorted({n for _, n in runs}):
+        rows[0] += ["Ours, %" if n == 1 else f"Ours at 1/{n}, %", "n", "Difference"]
+        for row, (_, reported, key) in zip(rows[1:], table_rows(name)):
+            mean, text = accuracy(seeds := runs.get((key, n), []))
+            difference = f"{round(mean, 2) - reported:+.2f}" if seeds and n == 1 else ""
+            row += [text, str(len(seeds) or ""), difference]
+    return table(rows)
 
 
-def markdown(settings: dict, rows: dict, left_out: list) -> str:
-    """All tables as Markdown, with where the runs come from and which logs were left out."""
-    runs = [run for seeds in rows.values() for run in seeds]
-    lines = ["Final accuracy on the test images in percent: the report's one run, and ours as "
-             "mean ± sample standard deviation over n seeds, with the difference in points.", ""]
-    if runs:
-        devices = ", ".join(sorted(set().union(*(run["device"] for run in runs))))
-        versions = ", ".join(sorted(set().union(*(run["torch"] for run in runs))))
-        seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
-        lines += [f"Runs: {len(runs)}, on {devices} with torch {versions}, "
-                  f"precision {settings['precision']}, seeds {seeds}.", ""]
-    if settings != REPORT:
-        lines += [f"**Not the report's settings: {differences(settings, REPORT)}.**", ""]
-    for number in TABLES:
-        lines += table(number, rows)
+def t_quantile(dof: float) -> float:
+    """The absolute value that Student's t stays under in 95 % of cases, for any dof >= 1."""
+    # With t = sqrt(dof) * tan(angle), the density of the angle is cos(angle) ** (dof - 1).
+    width = math.pi / 2 / 10_000
+    sums = list(accumulate(math.cos((i + 0.5) * width) ** (dof - 1) for i in range(10_000)))
+    i = bisect(sums, 0.95 * sums[-1])
+    angle = width * (i + (0.95 * sums[-1] - sums[i - 1]) / (sums[i] - sums[i - 1]))
+    return math.sqrt(dof) * math.tan(angle)
+
+
+def welch(a: list[float], b: list[float]) -> float:
+    """Half of Welch's 95 % interval of mean(a) - mean(b); infinite if one has under 2 values."""
+    if min(len(a), len(b)) < 2:
+        return math.inf
+    squares = [variance(a) / len(a), variance(b) / len(b)]  # of the means' standard errors
+    if not any(squares):
+        return 0.0
+    dof = sum(squares) ** 2 / (squares[0] ** 2 / (len(a) - 1) + squares[1] ** 2 / (len(b) - 1))
+    return t_quantile(dof) * math.sqrt(sum(squares))
+
+
+def verdicts(runs: dict) -> list[str]:
+    """Lines of a table: each conclusion of the report, and what our full-length runs say of it."""
+    rows = [["The report's conclusion", "Its gap", "Ours, 95 % interval", "n", "Verdict"]]
+    for name, (heading, _) in TABLES.items():
+        ranked = sorted(table_rows(name), key=lambda row: -row[1])
+        if name == "extended":  # beside the same training, half as long
+            ranked += [("32,000", *row[1:]) for row in table_rows("7") if row[2][3] == 10000]
+        for (better, high, key), (worse, low, other) in pairwise(ranked):
+            a, b = ([run["accuracy"] for run in runs.get((k, 1), [])] for k in (key, other))
+            gap, half = fmean(a or [0]) - fmean(b or [0]), welch(a, b)
+            ours = f"{gap:+.2f}" if a and b else ""
+            ours += f" ({gap - half:+.2f} to {gap + half:+.2f})" if half < math.inf else ""
+            word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
+            n = f"{len(a)}, {len(b)}" if a or b else ""
+            rows.append([f"{heading}: {better} > {worse}", f"{high - low:+.2f}", ours, n, word])
+    return table(rows)
+
+
+def author_noise() -> str:
+    """Two sentences on the noise between runs in the author's own logs (Table 7)."""
+    runs = [run for run in read_author() if run["key"][:3] == ("sgd", 0.3, 128)]
+
+    def mean_loss(run: dict, end: int) -> float:  # of the 1,000 iterations up to there
+        return fmean(run["loss"][i] for i in range(end - 900, end + 1, 100))
+
+    start = [mean_loss(run, 4000) for run in runs]
+    best, *twice = [mean_loss(run, 32000) for step in ("8000", "10000") for run in runs
+                    if run["step"] == step and not run["settings"]]  # fmt: skip
+    return f"""\
+The author's logs hold {len(start)} runs (SGD, learning rate 0.3, batch size 128) that are the same
+training until their first decay; by chance alone, their mean loss over iterations 3,001 to 4,000
+ranges from {min(start):.2f} to {max(start):.2f}. Decay step 10,000 was trained twice to iteration
+32,000 (once as the first half of the extended run): the mean loss of the last 1,000 iterations is
+{max(twice):.4f} and {min(twice):.4f}, on either side of the {best:.4f} of decay step 8,000, the
+report's best."""
+
+
+def markdown(shown: str, runs: dict, left_out: list) -> str:
+    """The page, from what collect returned: tables, verdicts, and which logs are left out."""
+    lines = [
+        "Final accuracy on the 10,000 test images in percent: the report's one run, and ours as",
+        "mean ± sample standard deviation over n seeds. Differences are in points.",
+    ]
+    for n in sorted({n for _, n in runs}):
+        some = [run for (_, length), seeds in runs.items() for run in seeds if length == n]
+        facts = ", ".join(f"{name} {', '.join(sorted({run[name] for run in some}))}"
+                          for name in ("seed", "device", "torch", "precision"))  # fmt: skip
+        length = "full length" if n == 1 else f"1/{n} of the iterations and of the decay step"
+        hours = sum(run["hours"] for run in some)
+        lines += ["", f"Runs of ours at {length}: {len(some)}, {hours:.1f} hours, {facts}."]
+        if n > 1:
+            lines += ["These are no test of the report's rankings: so short of convergence,",
+                      "networks are ordered by how fast they start and by the seed."]  # fmt: skip
+    if shown:
+        lines += ["", f"**Our settings that are not the report's: {shown}.**"]
+    for name, (heading, fixed) in TABLES.items():
+        title = "Extended run" if name == "extended" else f"Table {name}"
+        lines += ["", f"### {title}: {heading.lower()}", "", f"{fixed}.", ""]
+        lines += accuracies(name, runs)
+    lines += ["", "### The report's conclusions", "", *verdicts(runs), "", author_noise()]
     if left_out:
-        lines += ["Logs left out:", ""] + [f"- `{name}`: {why}" for name, why in left_out]
-    return "\n".join(lines).rstrip()
+        lines += ["", "Logs left out:", "", *(f"- `{name}`: {why}" for name, why in left_out)]
+    return "\n".join(lines)
 
 
-def rewrite_readme(path: str, text: str) -> None:
-    """Put text between the markers of a Markdown file; exits when it has none."""
-    path = Path(path)
+def rewrite_readme(path: Path, text: str) -> None:
+    """Put text between the markers of a Markdown file; exits if they are not there once each."""
     try:
-        readme = path.read_bytes().decode("utf-8")
-        before, rest = readme.split("<!-- tables -->")
+        before, rest = path.read_bytes().decode().split("<!-- tables -->")
         _, after = rest.split("<!-- /tables -->")
     except ValueError:
         sys.exit(f"report.py: {path} needs one <!-- tables --> and one <!-- /tables --> after it")
@@ -255,119 +267,105 @@ def rewrite_readme(path: str, text: str) -> None:
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def curve(runs: list[dict], column: str) -> tuple[list, list, list, list]:
-    """Iterations that all seeds logged, and lowest, mean and highest value of a column there."""
-    seeds = [dict(zip(run["iteration"], run[column])) for run in runs]
-    x = [i for i in seeds[0] if all(seed.get(i) is not None for seed in seeds)]
-    values = [[seed[i] for seed in seeds] for i in x]
-    return x, [min(v) for v in values], [fmean(v) for v in values], [max(v) for v in values]
+def draw_line(ax, curves: list[dict], end: float, every: int, **style) -> None:
+    """Draw the mean of curves {iteration: value} up to end, with markers at multiples of every and
+    at the last point, and a band from the lowest to the highest value."""
+    x = [i for i in (curves or [{}])[0] if i <= end and all(i in curve for curve in curves)]
+    if not x:
+        return
+    y = [[curve[i] for curve in curves] for i in x]
+    marks = [n for n, i in enumerate(x) if i % every == 0 or i == x[-1]]
+    ax.plot(x, [*map(fmean, y)], markevery=marks, **style)
+    if len(curves) > 1:
+        low, high = [*map(min, y)], [*map(max, y)]
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.25, linewidth=0)
 
 
-def draw_panel(ax, entries: list, rows: dict, column: str) -> None:
-    """Draw one line a row of a table, with a band over its seeds if there are several."""
-    for (label, key, _), colour, marker in zip(entries, COLOURS, MARKERS):
-        if not rows[key]:
-            continue
-        x, low, mean, high = curve(rows[key], column)
-        decays = [n for n, i in enumerate(x) if i % key[3] == 0 or i == x[-1]]
-        ax.plot(x, mean, color=colour, marker=marker, markevery=decays, markersize=5,
-                linewidth=1.3, label=f"{label}: {accuracy(rows[key])[1]} %")
-        if len(rows[key]) > 1:
-            ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
-    ax.set_xlim(left=0)
+def draw_panel(ax, rows: list, runs: dict, column: str, n: int) -> None:
+    """Draw the author's logs dashed, our runs at 1/n solid; for n > 1 until the first decay."""
+    author = {run["key"]: run for run in read_author() if not run["settings"]}
+    ends = {key: key[4] if n == 1 else key[3] // n for *_, key in rows}
+    last = max(end for key, end in ends.items() if n == 1 or (key, n) in runs)
+    for (label, reported, key), color, marker in zip(rows, COLOURS, MARKERS):
+        every, ours = 100 if n > 1 else key[3], runs.get((key, n), [])
+        style = {"color": color, "marker": marker}
+        draw_line(ax, [author[key][column]], last, every, linestyle=(0, (4, 1.5)),
+                  markerfacecolor="white", label=f"{label}: {reported:.2f} %", **style)  # fmt: skip
+        draw_line(ax, [run[column] for run in ours], ends[key], every,
+                  label=f"{label}: {accuracy(ours)[1]} %", **style)  # fmt: skip
+    markers = "every 100 iterations" if n > 1 else "learning-rate decays and end"
+    band = "; band: min to max of seeds" if ax.collections else ""
+    ax.set(xlabel=f"iteration (markers: {markers}{band})", xlim=0)
+    ax.set_ylabel("training loss" if column == "loss" else "test accuracy, %")
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.grid(color="0.9")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=11)
+    if column == "loss":
+        lows, highs = ([f(line.get_ydata()) for line in ax.lines] for f in (min, max))
+        # A wild line leaves the panel and the others stay legible: losses start at ln 10 = 2.3.
+        low, high = min(lows), min(max(highs), max(10, min(highs)))
+        ax.set_ylim(low / 1.2, high * 1.1)
+        if 0 < 5 * low < high:
+            ax.set_yscale("log")
+            ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("")
 
 
-def scale_loss(ax) -> None:
-    """Log scale where the loss falls far; a wild line leaves the panel, the others stay legible."""
-    tops = [max(line.get_ydata()) for line in ax.lines]
-    top = min(max(tops), max(10.0, min(tops)))  # ten classes start at ln 10 = 2.3
-    bottom = min(min(line.get_ydata()) for line in ax.lines)
-    if 0 < 5 * bottom < top:
-        ax.set_yscale("log")
-        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("")
-        ax.set_ylim(bottom / 1.2, top * 1.1)
-    else:
-        ax.set_ylim(bottom - 0.05 * top, top * 1.05)
-
-
-def draw_figure(number: int, settings: dict, rows: dict):
-    """Draw the report's Figure 4, 5, 6, 7 or 8 from what collect() returned.
-
-    Figures 4-7 show the training loss of the rows of Tables 4-7, Figure 8 loss and test
-    accuracy of the extended run and of the best row of Table 7. Returns a matplotlib Figure, or
-    None if there is no run to draw. Raises ImportError without matplotlib.
-    """
+def draw_figure(number: int, shown: str, runs: dict):
+    """The report's Figure 4, 5, 6, 7 or 8 as a matplotlib Figure, from what collect returned.
+    Figure 8 is the extended run and the best row of Table 7, with the test accuracy of ours."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    name = "7" if number == 8 else str(number)
+    rows, (heading, fixed) = table_rows(name), TABLES[name]
+    title, panels = f"training loss by {heading.lower()}", [("loss", 1)]
     if number == 8:
-        title, fixed, column = "best performance", "SGD, learning rate 0.3, batch size 128", "Run"
-        label, *best = max(TABLES[7][3], key=lambda entry: accuracy(rows[entry[1]])[0] or 0)
-        entries = [("64,000 iterations, decay step 10,000", EXTENDED, 93.18),
-                   (f"{int(settings['iters']):,} iterations, decay step {label}", *best)]
-    else:
-        what, fixed, column, entries = TABLES[number]
-        title = f"training loss {what}"
-    if not any(rows[key] for _, key, _ in entries):
-        return None
-
-    panels = ["loss", "test_acc"] if number == 8 else ["loss"]
-    figure = Figure(figsize=(8, 2.2 + 2.8 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for ax, panel in zip(axes, panels):
-        draw_panel(ax, entries, rows, panel)
-        ax.set_ylabel({"loss": "training loss", "test_acc": "test accuracy, %"}[panel], size=12)
-    scale_loss(axes[0])
-    if settings != REPORT:
-        fixed += "\n" + differences(settings, REPORT)
-    axes[0].set_title(f"Figure {number}: {title}\n{fixed}", loc="left", size=13)
-    note = "markers: learning-rate decays and end"
-    if axes[0].collections:
-        note += "; band: min to max of seeds"
-    axes[-1].set_xlabel(f"iteration ({note})", size=12)
-    figure.legend(*axes[0].get_legend_handles_labels(), title=f"{column}: final accuracy",
-                  ncols=1 if number == 8 else 2, loc="outside lower center", frameon=False,
-                  fontsize=11, title_fontsize=11)
+        best = [*table_rows("extended"), max(rows, key=lambda row: row[1])]
+        rows = [(f"{k[4]:,} iterations, step {k[3]:,}", accuracy, k) for _, accuracy, k in best]
+        title = "best performance"
+        panels += [("test_acc", 1)] * any((key, 1) in runs for *_, key in rows)
+    lengths = [n for *_, key in rows for n in range(2, key[3] // 100 + 1) if (key, n) in runs]
+    panels += [("loss", n) for n in sorted(lengths)[:1]]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 2.2 + 2.8 * len(panels)), layout="constrained")
+        axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+        for ax, (column, n) in zip(axes, panels):
+            draw_panel(ax, rows, runs, column, n)
+        if lengths:
+            same = "" if shown else ",\nas up to there they are the report's training"
+            axes[-1].set_title(f"Until the first decay of our runs at 1/{n} (solid){same}")
+        axes[0].set_title("\n".join(filter(None, [f"Figure {number}: {title}", fixed, shown])))
+        for side, whose in (("left", "author, dashed"), ("right", "ours, solid")):
+            lines = [line for line in axes[0].lines if line.is_dashed() == (side == "left")]
+            if lines:
+                figure.legend(handles=lines, title=f"Final accuracy, {whose}", alignment="left",
+                              loc=f"outside lower {side}")  # fmt: skip
     return figure
 
 
-# ---- command line --------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (python report.py --help)\n")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="report.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--logs", default="logs", help="folder with train.py's CSV files")
-    parser.add_argument("--readme", help="Markdown file whose tables to rewrite")
-    parser.add_argument("--figures", help="folder for figure4.png ... figure8.png")
-    args = parser.parse_args(argv)
-
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"report.py: {message} (see --help)\n")
+    parser.add_argument("--logs", default="logs", help="folder with train.py's CSV files (./logs)")
+    parser.add_argument("--readme", type=Path, help="Markdown file whose tables to rewrite")
+    parser.add_argument("--figures", type=Path, help="folder for figure4.png ... figure8.png")
+    args = parser.parse_args()
     try:
-        settings, rows, left_out = collect(args.logs)
-        text = markdown(settings, rows, left_out)
-        print(text)
+        shown, runs, left_out = collect(args.logs)
+        text = markdown(shown, runs, left_out)
+        if not runs:
+            print(f"report.py: no complete run in {args.logs}", file=sys.stderr)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `| head` has read enough; the files are still written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if args.readme:
             rewrite_readme(args.readme, text)
         if args.figures:
-            Path(args.figures).mkdir(parents=True, exist_ok=True)
+            args.figures.mkdir(parents=True, exist_ok=True)
             for number in range(4, 9):
-                figure = draw_figure(number, settings, rows)
-                if figure:
-                    figure.savefig(Path(args.figures) / f"figure{number}.png", dpi=150)
-                else:
-                    print(f"Figure {number} is not drawn: none of its runs is there",
-                          file=sys.stderr)
+                figure = draw_figure(number, shown, runs)
+                figure.savefig(args.figures / f"figure{number}.png", dpi=150)
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
     except OSError as error:
