@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
@@ -213,7 +212,8 @@ class RecordedStep:
             raise
         except Exception as error:  # a compiler or a library may raise anything
             reason = error.__context__ or error  # of the end of the recording, or itself
-            raise RecordingFailed(f"{type(reason).__name__}: {str(reason)[:200]}") from error
+            line = str(reason).partition("\n")[0][:200]
+            raise RecordingFailed(f"{type(reason).__name__}: {line}") from error
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
@@ -303,18 +303,17 @@ def open_device(name: str | None, precision: str) -> torch.device:
         fail(f"no {name} device was found; without --device the best one found is used")
     if name == "cuda":
         try:
-            torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+            torch.cuda.init()
         except RuntimeError as error:
-            fail(f"CUDA does not start: {str(error).partition('. ')[0]}. Update the driver, or "
-                 "install the PyTorch for the CUDA version that nvidia-smi shows "
-                 "(https://pytorch.org/get-started/locally), or use --device cpu")  # fmt: skip
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            fail(f"CUDA does not start ({reason}); update the driver, or install the PyTorch for "
+                 "the CUDA version that nvidia-smi shows (https://pytorch.org/get-started/locally),"
+                 " or use --device cpu")  # fmt: skip
         if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
             fail("bf16 needs a GPU of compute capability 8.0 or more; use --precision tf32")
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        # Of plain steps before and between recordings, and of products outside convolutions.
-        for warning in ("This instance was constructed with capturable", "TensorFloat32 tensor"):
-            warnings.filterwarnings("ignore", warning)
     elif name == "cpu" and precision == "bf16":
         features = torch.cpu.get_capabilities()
         if not any(features[feature] for feature in features if feature.endswith("bf16")):
@@ -433,7 +432,7 @@ def main() -> None:
         try:
             return train(args)
         except RecordingFailed as error:
-            print(f"train.py: {error}: continues in plain PyTorch, slower", file=sys.stderr)
+            print(f"train.py: no recording, so plain PyTorch ({error})", file=sys.stderr)
         train(args, plain=True)  # from the checkpoint, as after any other end
     except torch.OutOfMemoryError:
         fail("the device's memory is full; try a lower --bs or another --device")
