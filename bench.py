@@ -142,7 +142,8 @@ def main() -> None:
             for _ in range(4):  # three plain iterations, then the recording
                 steps[name]()
             synchronize(device)
-            print(f"batch {bs}, {name}: {time.perf_counter() - began:.1f} s to start", file=sys.stderr)
+            seconds = time.perf_counter() - began
+            print(f"batch {bs}, {name}: {seconds:.1f} s to start", file=sys.stderr)
         turns = time_turns(steps, device, args.rounds, args.steps)
         medians = {name: statistics.median(turn) for name, turn in turns.items()}
         for name, seconds in medians.items():
