@@ -11,7 +11,6 @@ with the files of an undisturbed run. A complete run is not trained again.
 """
 
 import argparse
-import csv
 import difflib
 import io
 import math
@@ -23,20 +22,14 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, optim
 
 import data
 from model import ResNet, count_parameters
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing stops a second process on the same run
-    fcntl = None
 
 # The settings decide the result: they stand in every row of the log and make the run's name.
 SETTINGS = "optimizer lr0 bs step gamma momentum betas wd iters seed data precision".split()
@@ -67,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--betas", type=float, nargs=2, default=[0.7, 0.7], help="of adam only (0.7 0.7)")
     add("--wd", type=float, default=1e-4, help="weight decay, added to the gradient (%(default)s)")
     add("--iters", type=int, default=32000, help="iterations, not epochs (%(default)s)")
-    add("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order, crops and flips (%(default)s)")
     add("--data", default="./data", help="folder with CIFAR-10, or `synthetic` (%(default)s)")
     add("--logs", type=Path, default=Path("logs"), help="folder for the files (./%(default)s)")
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these found")
@@ -90,13 +83,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def nearest(parser: argparse.ArgumentParser, message: str) -> str:
-    """For an unknown flag, the known one that is spelled like it or has its words in the help."""
-    flag = re.match(r"unrecognized arguments: --([^ =]+)", message)
-    words = flag[1].replace("-", " ") if flag else "no flag"
-    known = [line.split() for line in parser.format_help().splitlines() if line[:4] == "  --"]
-    near = difflib.get_close_matches("--" + words, [name for name, *_ in known], 1, cutoff=0.8)
-    near += [name for name, *rest in known if words in " ".join([name, *rest])]
-    return f"; did you mean {near[0]}?" if near else ""
+    """For an unknown flag, the known one that has a word like it in its name or its help."""
+    unknown = re.match("unrecognized arguments: --([^ =]+)", message)
+    lines = [line.split() for line in parser.format_help().splitlines() if line[:4] == "  --"]
+    flags = {word.strip("-(,;:)"): line[0] for line in reversed(lines) for word in line}
+    near = difflib.get_close_matches(unknown[1] if unknown else "", flags, 1, 0.65)
+    return f"; did you mean {flags[near[0]]}?" if near else ""
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -122,27 +114,24 @@ def run_name(config: dict) -> str:
 # ---- one iteration -------------------------------------------------------------------------------
 
 
-def build(config: dict, device: torch.device) -> tuple[ResNet, torch.optim.Optimizer]:
+def build(config: dict, device: torch.device) -> tuple[ResNet, optim.Optimizer]:
     """The network with the seed's initial weights, and its optimizer, one of Table 4's.
 
     Weight decay is added to the gradient in all four.
     """
     torch.manual_seed(config["seed"])
     model = ResNet().to(device, memory_format=torch.channels_last)
-    params, cuda = model.parameters(), device.type == "cuda"
+    params, cuda = model.parameters(), device.type == "cuda"  # the graph needs `capturable`
     common = {"lr": config["lr0"], "weight_decay": config["wd"]}
-    fused = cuda or None  # None leaves the choice to PyTorch; `capturable` is for the CUDA graph
     if config["optimizer"] == "sgd":
-        optimizer = torch.optim.SGD(params, momentum=config["momentum"], fused=fused, **common)
+        optimizer = optim.SGD(params, momentum=config["momentum"], fused=cuda or None, **common)
     elif config["optimizer"] == "adam":
         betas = tuple(map(float, config["betas"].split()))
-        optimizer = torch.optim.Adam(params, betas=betas, fused=fused, capturable=cuda, **common)
+        optimizer = optim.Adam(params, betas=betas, fused=cuda or None, capturable=cuda, **common)
     elif config["optimizer"] == "adagrad":
-        optimizer = torch.optim.Adagrad(params, **common)
+        optimizer = optim.Adagrad(params, **common)
     else:  # averaged SGD, though the report calls it "accelerated"; it averages from step t0 on
-        optimizer = torch.optim.ASGD(
-            params, lambd=1e-4, alpha=0.75, t0=1e6, capturable=cuda, **common
-        )
+        optimizer = optim.ASGD(params, lambd=1e-4, alpha=0.75, t0=1e6, capturable=cuda, **common)
     return model, optimizer
 
 
@@ -186,7 +175,7 @@ class RecordedStep:
     does not reach; only its lr_decay would need them, and that is 0.)
     """
 
-    def __init__(self, step, optimizer: torch.optim.Optimizer):
+    def __init__(self, step, optimizer: optim.Optimizer):
         self.step, self.optimizer, self.warmup = step, optimizer, 3
         self.lr = self.graph = self.plan = None
 
@@ -211,9 +200,8 @@ class RecordedStep:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler or a library may raise anything
-            reason = error.__context__ or error  # of the end of the recording, or itself
-            line = str(reason).partition("\n")[0][:200]
-            raise RecordingFailed(f"{type(reason).__name__}: {line}") from error
+            reason = error.__context__ or error  # what ended the recording, if it was recording
+            raise RecordingFailed(f"{type(reason).__name__}: {reason}") from error
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
@@ -272,8 +260,11 @@ def resume(log, ckpt: Path, config: dict, model, optimizer) -> tuple[int, float]
     Returns the iterations done and the seconds of training that they took.
     """
     try:
-        if fcntl:  # the lock is gone with its process, however that ends
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process, however it ends
+    except ImportError:
+        pass  # Windows: nothing stops a second process on the same run
     except BlockingIOError:
         fail(f"another process is training {log.name}")
     if not ckpt.exists():
@@ -304,29 +295,17 @@ def open_device(name: str | None, precision: str) -> torch.device:
     if name == "cuda":
         try:
             torch.cuda.init()
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0].partition(". ")[0]
-            fail(f"CUDA does not start ({reason}); update the driver, or install the PyTorch for "
-                 "the CUDA version that nvidia-smi shows (https://pytorch.org/get-started/locally),"
-                 " or use --device cpu")  # fmt: skip
+        except RuntimeError as error:  # PyTorch names the driver and the ways out
+            fail(f"CUDA does not start: {error} Or use --device cpu.")
         if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
             fail("bf16 needs a GPU of compute capability 8.0 or more; use --precision tf32")
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif name == "cpu" and precision == "bf16":
-        features = torch.cpu.get_capabilities()
-        if not any(features[feature] for feature in features if feature.endswith("bf16")):
+        if not any(has for what, has in torch.cpu.get_capabilities().items() if "bf16" in what):
             print("this CPU has no bf16 instructions: fp32 is many times faster", file=sys.stderr)
     return torch.device(name)
-
-
-def show(line: str, final: bool) -> None:
-    """Print a line of progress; on a terminal the next one replaces it unless it is final."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        line = line[:width].ljust(width)
-    print(line, end="\n" if final or not sys.stdout.isatty() else "\r", flush=True)
 
 
 def train(args: argparse.Namespace, plain: bool = False) -> None:
@@ -346,35 +325,34 @@ def train(args: argparse.Namespace, plain: bool = False) -> None:
     if args.compile and not cuda:
         fail(f"--compile needs a CUDA device, and this one is {device}")
     how = "plain" if plain or not cuda else "compiled" if args.compile else "recorded"
-    processor = torch.cuda.get_device_name() if cuda else device.type
+    processor = torch.cuda.get_device_name().replace(",", "") if cuda else device.type
+    constant = [*config.values(), processor, torch.__version__]  # in every row of the log
     train_split, test_split = data.load(args.data, device)
     model, optimizer = build(config, device)
     loss_sum = torch.zeros((), device=device)  # of the iterations since the log's last row
     step = make_step(config, model, optimizer, train_split, loss_sum, how)
     print(f"{name}\n{count_parameters(model):,} parameters, {processor}, {how}", flush=True)
+    # On a terminal a line of progress takes the place of the one before.
+    patience, end = (0.5, "\r") if sys.stdout.isatty() else (60, "\n")
 
     args.logs.mkdir(parents=True, exist_ok=True)
     with open(log_path, "a", newline="") as log:
         start, seconds = resume(log, ckpt, config, model, optimizer)
-        rows = csv.writer(log, lineterminator="\n")
         batches_per_epoch = math.ceil(len(train_split.labels) / bs)  # the last one may be short
-        logged, saved_at, before, result = start, -math.inf, seconds, ""
-        shown_at = time.perf_counter()
-        started = shown_at - seconds
+        logged, saved_at, shown_at, result = start, -math.inf, seconds, ""
+        started = time.perf_counter() - seconds  # neither files nor evaluation are training time
         for t in range(start, iters):
-            if t == logged and time.perf_counter() - saved_at >= args.ckpt_every:
+            if t == logged and seconds - saved_at >= args.ckpt_every:
                 save(ckpt, config=config, model=model.state_dict(), iteration=t, seconds=seconds,
                      optimizer=optimizer.state_dict()["state"], log_size=log.tell())  # fmt: skip
-                saved_at = time.perf_counter()
-                started = saved_at - seconds  # neither files nor evaluation are training time
+                saved_at, started = seconds, time.perf_counter() - seconds
 
             epoch, i = divmod(t, batches_per_epoch)
             if i == 0 or t == start:
                 batches = data.epoch_plan(train_split, config["seed"], epoch).split(bs, dim=1)
             lr = config["lr0"] * config["gamma"] ** (t // config["step"])  # report, Decay step
             optimizer.param_groups[0]["lr"] = lr
-            preparation = step(batches[i])
-            started, shown_at = started + preparation, shown_at + preparation
+            started += step(batches[i])  # which returns what was preparation, not training
 
             done, accuracy = t + 1, ""
             evaluating = done == iters or done % args.eval_every == 0
@@ -386,23 +364,23 @@ def train(args: argparse.Namespace, plain: bool = False) -> None:
                     accuracy = f"{100 * right / len(test_split.labels):.2f}"
                     if done == iters:  # before the row that makes the run complete
                         save(weights, config=config, model=model.state_dict())
-                rows.writerows([] if log.tell() else [COLUMNS])
-                rows.writerow([*config.values(), processor, torch.__version__, done, f"{lr:.6g}",
-                               f"{loss:.6f}", accuracy, f"{seconds:.2f}"])  # fmt: skip
-                log.flush()
+                if not log.tell():
+                    print(*COLUMNS, sep=",", file=log)
+                row = f"{done},{lr:.6g},{loss:.6f},{accuracy},{seconds:.2f}"
+                print(*constant, row, sep=",", file=log, flush=True)
                 if not math.isfinite(loss):
                     fail(f"loss {loss} at iteration {done}, see {log_path}; try a lower --lr", 3)
                 loss_sum.zero_()
                 logged, started = done, time.perf_counter() - seconds
                 result = f"loss {loss:.4f}  " + f"test {accuracy} %  " * bool(accuracy)
 
-            now = time.perf_counter()
-            if accuracy or now - shown_at > (0.5 if sys.stdout.isatty() else 60):
-                pace = (now - started - before) / (done - start)
-                left = timedelta(seconds=round(pace * (iters - done)))
-                line = f"{done}/{iters}  {result}{bs / pace:.0f} images/s  {left} left"
-                show(line, final=bool(accuracy))
-                shown_at = now
+            trained = time.perf_counter() - started
+            if accuracy or trained - shown_at > patience:
+                pace, shown_at = trained / done, trained
+                line = f"{done}/{iters}  {result}{bs / pace:.0f} images/s"
+                line += f"  {pace * (iters - done) / 60:.0f} min left"
+                width = shutil.get_terminal_size().columns - 1
+                print(f"{line:{width}.{width}}", end="\n" if accuracy else end, flush=True)
     ckpt.unlink(missing_ok=True)
     print(f"{seconds:.0f} s of training; log {log_path}, weights {weights}")
 
@@ -432,7 +410,8 @@ def main() -> None:
         try:
             return train(args)
         except RecordingFailed as error:
-            print(f"train.py: no recording, so plain PyTorch ({error})", file=sys.stderr)
+            reason = str(error).partition("\n")[0][:200]
+            print(f"train.py: no recording, so plain PyTorch ({reason})", file=sys.stderr)
         train(args, plain=True)  # from the checkpoint, as after any other end
     except torch.OutOfMemoryError:
         fail("the device's memory is full; try a lower --bs or another --device")
