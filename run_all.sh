@@ -51,13 +51,15 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-runs=() titles=()  # flags and title of each; a run that several tables share stands here once
+runs=() titles=()  # flags and title of each; a run that tables share stands here once
 while read -r table accuracy optimizer lr bs step iters; do
   [[ " ${tables:-4 5 6 7} " == *" $table "* && $iters ]] || continue
   flags="--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))"
   [ $n = 1 ] || flags="$flags --log-every $(((n + 99) / n))"
-  [[ " ${runs[*]} " == *" $flags "* ]] && continue
-  runs+=("$flags") titles+=("Table $table (report $accuracy %): $flags")
+  for i in "${!runs[@]}"; do
+    [ "${runs[i]}" != "$flags" ] || { titles[i]="${titles[i]} and $table"; continue 2; }
+  done
+  runs+=("$flags") titles+=("Report $accuracy % in Table $table")
 done <<< "$rows"
 
 if [ "$list" ]; then
@@ -73,7 +75,7 @@ trap 'kill $! 2> /dev/null; exit 143' TERM
 failed='' left=''
 for i in "${!runs[@]}"; do
   [ "$i" = 0 ] || left=", perhaps $((SECONDS * (${#runs[@]} - i) / i / 60)) min left"
-  echo "== $((i + 1)) of ${#runs[@]}, $((SECONDS / 60)) min so far$left. ${titles[i]}"
+  echo "== $((i + 1)) of ${#runs[@]}, $((SECONDS / 60)) min so far$left. ${titles[i]}: ${runs[i]}"
   read -r -a flags <<< "${runs[i]}"
   python train.py "${flags[@]}" "$@" &
   wait $!
