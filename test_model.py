@@ -394,50 +394,32 @@ def test_log_and_weights_against_a_recomputation(where, tmp_path):
         assert torch.equal(saved["model"][key], value)
 
 
-def kill_around(function: str, count: int, after: bool) -> None:
-    """Make this process kill itself before or after its count-th call of os.`function`."""
-    original, seen = getattr(os, function), itertools.count(1)
+def die_at(event: str, name: str, count: int, number: int = signal.SIGKILL) -> None:
+    """Make this process signal itself at its count-th call or return of a function; C's have c_."""
+    seen = itertools.count(1)
 
-    def fatal(*args):
-        mine = next(seen) == count
-        result = None if mine and not after else original(*args)
-        if mine:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(train.os, function, fatal)
-
-
-def signal_in_step(count: int, number: int) -> None:
-    """Make this process signal itself between backward pass and update of its count-th step."""
-    seen, build = itertools.count(1), train.build
-
-    def send(*unused):
-        if next(seen) == count:
+    def look(frame, happening, function):
+        called = function.__qualname__ if happening.startswith("c_") else frame.f_code.co_name
+        if (happening, called) == (event, name) and next(seen) == count:
             os.kill(os.getpid(), number)
 
-    def build_with_hook(*args):
-        network, optimizer = build(*args)
-        optimizer.register_step_pre_hook(send)
-        return network, optimizer
-
-    train.build = build_with_hook
+    sys.setprofile(look)
 
 
 # With a checkpoint at each row the files replaced are: ckpt at 0, 2 and 4, then the weights.
-KILLS = [(kill_around, "replace", 1, False), (signal_in_step, 2, signal.SIGKILL),
-         (kill_around, "replace", 2, False), (signal_in_step, 4, signal.SIGTERM),
-         (kill_around, "replace", 3, True), (signal_in_step, 1, signal.SIGINT),
-         (kill_around, "replace", 2, True), (kill_around, "unlink", 1, False)]  # fmt: skip
+KILLS = [("c_call", "replace", 1), ("call", "zero_grad", 2),
+         ("c_call", "replace", 2), ("return", "backward", 2, signal.SIGTERM),
+         ("c_return", "replace", 3), ("call", "zero_grad", 1, signal.SIGINT),
+         ("call", "evaluate", 1, signal.SIGINT), ("c_return", "replace", 2),
+         ("c_call", "unlink", 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_killed_and_started_again_it_ends_as_if_undisturbed(optimizer, undisturbed, tmp_path):
     flags = (*SHORT, "--optimizer", optimizer)
-    for hook in KILLS:
-        result = call(tmp_path, *flags, hook=hook)
-        assert result.code == -(hook[2] if hook[0] is signal_in_step else signal.SIGKILL)
-        assert result.err == ""
+    for event, name, count, *number in KILLS:
+        result = call(tmp_path, *flags, hook=(die_at, event, name, count, *number))
+        assert (result.code, result.err) == (-(number or [signal.SIGKILL])[0], ""), name
     assert "is complete" in call(tmp_path, *flags).out
     assert outcome(tmp_path) == outcome(undisturbed[optimizer])
 
@@ -522,7 +504,7 @@ def test_what_cannot_start_writes_nothing(tmp_path):
 def killed(tmp_path_factory):
     """A folder whose run was killed after two iterations."""
     folder = tmp_path_factory.mktemp("killed")
-    hook = (kill_around, "replace", 2, True)
+    hook = (die_at, "c_return", "replace", 2)
     assert call(folder, *SHORT, hook=hook).code == -signal.SIGKILL
     return folder
 
@@ -1273,7 +1255,7 @@ def smooth(kill: bool) -> None:
     """SiLU in the place of ReLU in this process, which perhaps kills itself eight iterations on."""
     F.relu = F.silu
     if kill:
-        kill_around("replace", 3, after=True)
+        die_at("c_return", "replace", 3)
 
 
 @needs_cuda
