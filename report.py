@@ -6,7 +6,6 @@
 
 Shown are complete runs, at full length and at 1/N of it (run_all.sh --shorten N), with the report's
 settings or, where no run has them, those of most runs. Every other log is named with the reason.
-The rows are read from run_all.sh, the logs of the report's author from results/author.csv.
 """
 
 import argparse
@@ -14,8 +13,6 @@ import csv
 import math
 import os
 import sys
-from bisect import bisect
-from collections import Counter
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from statistics import fmean, stdev, variance
@@ -32,19 +29,18 @@ TABLES = {  # what varies, and what does not
     "extended": ("Iterations", "SGD, learning rate 0.3, batch size 128, decay step 10,000"),
 }
 COLOURS, MARKERS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], "os^D"  # Okabe-Ito
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "0.9", "axes.labelsize": 12, "axes.titlesize": 13,
-         "axes.titlelocation": "left", "xtick.labelsize": 11, "ytick.labelsize": 11,
-         "legend.fontsize": 11, "legend.title_fontsize": 11, "legend.frameon": False,
-         "lines.linewidth": 1.3, "lines.markersize": 5}  # fmt: skip
+STYLE = {"font.size": 11, "lines.linewidth": 1.3, "lines.markersize": 5, "legend.frameon": False,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+         "axes.grid": True, "axes.grid.which": "both", "grid.color": "0.9"}  # fmt: skip
 
 
 def table_rows(table: str) -> list[tuple[str, float, tuple]]:
-    """A table's rows in run_all.sh: label, the report's accuracy in percent, and key, which is
-    (optimizer, learning rate, batch size, decay step, iterations)."""
+    """A table's rows in run_all.sh: label, the report's accuracy in percent, and key: (optimizer,
+    learning rate, batch size, decay step, iterations). Beside the extended run stands its half."""
     rows = []
     for line in (HERE / "run_all.sh").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{table} "):
+        half = table == "extended" and line.startswith("7 ") and " 10000 " in line
+        if line.startswith(f"{table} ") or half:
             _, reported, name, lr, *numbers = line.split()
             key = (name, float(lr), *map(int, numbers))
             name = {"adam": "Adam", "adagrad": "Adagrad"}.get(name, name.upper())
@@ -57,90 +53,70 @@ def table_rows(table: str) -> list[tuple[str, float, tuple]]:
 
 
 def complete_run(rows: list[dict]) -> dict:
-    """A run: the last row of its log, and `key` as in table_rows, `loss` {iteration: mean over 100,
-    as in the author's logs}, `test_acc` {iteration: percent}, `accuracy` (the last), `hours`, and
-    `settings`, those that are not the report's. ValueError: the run is not complete."""
-    run = rows[-1] | {"loss": {}, "test_acc": {}}
-    numbers = [int(run[name]) for name in ("bs", "step", "iters")]
+    """A run from the rows of its log: the last row, `key` as in table_rows, `loss` {iteration: mean
+    over 100}, `test_acc` {iteration: percent}, `accuracy`, the last of them, and `settings`, those
+    that are not the report's, as text. ValueError or LookupError: damaged or incomplete."""
+    run, ends = rows[-1], [int(row["iteration"]) for row in rows]
     fixed = run.keys() - {"device", "torch", "iteration", "lr", "loss", "test_acc", "seconds"}
-    start = end = total = 0
-    for row in rows:
-        before, end, loss = end, int(row["iteration"]), float(row["loss"])
-        if end <= before or any(row[name] != run[name] for name in fixed):
-            raise ValueError(f"damaged: the row of iteration {end} does not belong there")
-        if not math.isfinite(loss):
-            raise ValueError(f"diverged at iteration {end}: loss {loss}")
-        total += (end - before) * loss
-        if end % 100 == 0:
-            run["loss"][end] = total / (end - start)
-            start, total = end, 0
-        if row["test_acc"]:
-            run["test_acc"][end] = float(row["test_acc"])
-    if end != numbers[-1] or end not in run["test_acc"]:
-        raise ValueError(f"incomplete: {end} of {numbers[-1]} iterations")
-    other = [f"{k} {run[k]}" for k in REPORT if run.get(k, "") not in ("", REPORT[k])]
-    return run | {"key": (run["optimizer"], float(run["lr0"]), *numbers),
-                  "accuracy": run["test_acc"][end], "settings": ", ".join(other),
-                  "hours": float(run.get("seconds", 0)) / 3600}  # fmt: skip
-
-
-def read_log(path: Path) -> dict:
-    """The complete_run of one CSV of train.py. Raises OSError, or ValueError that says why not."""
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        raise ValueError("damaged: empty, or the last line is cut short")
-    try:
-        return complete_run(list(csv.DictReader(text.splitlines()))) | {"file": path.name}
-    except (LookupError, TypeError, csv.Error) as error:
-        raise ValueError(f"damaged: {error!r}") from None
+    if ends != sorted(set(ends)) or any(row[name] != run[name] for row in rows for name in fixed):
+        raise ValueError("damaged: its rows do not belong together")
+    if not all(math.isfinite(float(row["loss"])) for row in rows):
+        raise ValueError("diverged: its loss is not finite")
+    if ends[-1] != int(run["iters"]) or not run["test_acc"]:
+        raise ValueError(f"incomplete: {ends[-1]} of {run['iters']} iterations")
+    numbers = [int(run[name]) for name in ("bs", "step", "iters")]
+    hundreds = groupby(rows, lambda row: math.ceil(int(row["iteration"]) / 100) * 100)
+    evaluated = [row for row in rows if row["test_acc"]]
+    return run | {
+        "key": (run["optimizer"], float(run["lr0"]), *numbers),
+        "loss": {end: fmean(float(row["loss"]) for row in some) for end, some in hundreds},
+        "test_acc": {int(row["iteration"]): float(row["test_acc"]) for row in evaluated},
+        "accuracy": float(run["test_acc"]),
+        "settings": ", ".join(f"{k} {run[k]}" for k in REPORT if run[k] not in ("", REPORT[k])),
+    }
 
 
 def read_author() -> list[dict]:
     """The 15 published logs of the report's author, each as complete_run has it."""
     with open(HERE / "results" / "author.csv", newline="", encoding="utf-8") as file:
-        groups = groupby(csv.DictReader(file), lambda row: row["run"])
-        return [complete_run(list(rows)) for _, rows in groups]
+        rows = (REPORT | row for row in csv.DictReader(file))
+        return [complete_run(list(group)) for _, group in groupby(rows, lambda row: row["run"])]
 
 
 def collect(folder: str | Path) -> tuple[str, dict, list]:
     """Sort a folder's logs into the rows. Returns the settings shown that are not the report's, as
-    text; {(key, N): runs at 1/N of that row's length, one a seed}; and a list of (file name, why it
-    was left out)."""
-    keys = {key for name in TABLES for *_, key in table_rows(name)}
-    found, runs, left_out = [], {}, []
-    for path in sorted(Path(folder).iterdir(), key=lambda path: path.stem):
+    text; {(key, N): runs at 1/N of that row's length, one a seed}; [(file name, why left out)]."""
+    rows = [key for name in TABLES for *_, key in table_rows(name)]
+    places = {  # what run_all.sh --shorten n makes of a row; where two agree, the longer counts
+        (*same, step // n, iters // n): ((*same, step, iters), n)
+        for n in range(1000, 0, -1) if 1000 % n == 0 for *same, step, iters in rows}  # fmt: skip
+    found, runs, left_out = {}, {}, []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix != ".csv" or path.name == "author.csv":
+            continue
         try:
-            if path.suffix == ".csv" and path.name != "author.csv":
-                found.append(read_log(path))
+            text = path.read_text(encoding="utf-8")
+            if not text.endswith("\n"):
+                raise ValueError("damaged: empty, or its last line is cut short")
+            run = complete_run(list(csv.DictReader(text.splitlines(), restval="")))
+            run |= {"file": path.name, "by": f"{run['device']}, torch {run['torch']}"}
+            if run["key"] not in places:
+                raise ValueError("not a row of the tables")
+            twin = found.setdefault((run["key"], run["settings"], run["seed"]), run)
+            if twin is not run:
+                raise ValueError(f"same settings and seed as {twin['file']}")
         except (OSError, ValueError) as error:
-            left_out.append((path.name, getattr(error, "strerror", str(error))))
-    for run in found:
-        *same, step, iters = run["key"]
-        places = [((*same, step * n, iters * n), n) for n in range(1, 1001)]
-        run["place"] = next((place for place in places if place[0] in keys), None)
-    counts = Counter(run["settings"] for run in found if run["place"])
-    shown = "" if "" in counts or not counts else counts.most_common(1)[0][0]
-    for run in found:
-        seeds = runs.get(run["place"], [])
-        twins = [other["file"] for other in seeds if other["seed"] == run["seed"]]
-        if not run["place"]:
-            left_out.append((run["file"], "not a row of the tables"))
-        elif run["settings"] != shown:
-            left_out.append((run["file"], f"other settings: {run['settings']}"))
-        elif twins:
-            left_out.append((run["file"], f"same settings and seed as {twins[0]}"))
+            left_out.append((path.name, str(error)))
+        except (LookupError, csv.Error) as error:
+            left_out.append((path.name, f"damaged: {error!r}"))
+    settings = [text for _, text, _ in found]
+    shown = "" if "" in settings else max(settings, key=settings.count, default="")
+    for (key, text, _), run in found.items():
+        if text == shown:
+            runs.setdefault(places[key], []).append(run)
         else:
-            runs[run["place"]] = [*seeds, run]
+            left_out.append((run["file"], f"other settings: {text}"))
     return shown, runs, left_out
-
-
-def accuracy(runs: list[dict]) -> tuple[float | None, str]:
-    """Final test accuracy in percent over seeds: mean, and text '92.65 ± 0.12'; None, ''."""
-    finals = [run["accuracy"] for run in runs]
-    if not finals:
-        return None, ""
-    deviation = f" ± {stdev(finals):.2f}" if len(finals) > 1 else ""
-    return fmean(finals), f"{fmean(finals):.2f}{deviation}"
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -153,36 +129,28 @@ def table(rows: list[list[str]]) -> list[str]:
     return [header, "|---" + "|--:" * (len(columns) - 1) + "|", *lines]
 
 
-def accuracies(name: str, runs: dict) -> list[str]:
-    """Lines of one of Tables 4-7 or the extended run, all lengths side by side."""
-    rows = [[TABLES[name][0], "Report, %"]]
-    rows += [[label, f"{reported:.2f}"] for label, reported, _ in table_rows(name)]
-    for n in sorted({n for _, n in runs}):
-        rows[0] += ["Ours, %" if n == 1 else f"Ours at 1/{n}, %", "n", "Difference"]
-        for row, (_, reported, key) in zip(rows[1:], table_rows(name)):
-            mean, text = accuracy(seeds := runs.get((key, n), []))
-            difference = f"{round(mean, 2) - reported:+.2f}" if seeds and n == 1 else ""
-            row += [text, str(len(seeds) or ""), difference]
-    return table(rows)
+def accuracy(runs: list[dict]) -> str:
+    """Final test accuracy in percent over seeds, '92.65 ± 0.12 (n = 3)'; '' without a run."""
+    finals = [run["accuracy"] for run in runs]
+    deviation = f" ± {stdev(finals):.2f}" if len(finals) > 1 else ""
+    return f"{fmean(finals):.2f}{deviation} (n = {len(finals)})" if finals else ""
 
 
 def t_quantile(dof: float) -> float:
     """The absolute value that Student's t stays under in 95 % of cases, for any dof >= 1."""
     # With t = sqrt(dof) * tan(angle), the density of the angle is cos(angle) ** (dof - 1).
     width = math.pi / 2 / 10_000
-    sums = list(accumulate(math.cos((i + 0.5) * width) ** (dof - 1) for i in range(10_000)))
-    i = bisect(sums, 0.95 * sums[-1])
-    angle = width * (i + (0.95 * sums[-1] - sums[i - 1]) / (sums[i] - sums[i - 1]))
+    areas = list(accumulate(math.cos((i + 0.5) * width) ** (dof - 1) for i in range(10_000)))
+    i = sum(area < 0.95 * areas[-1] for area in areas)
+    angle = width * (i + (0.95 * areas[-1] - areas[i - 1]) / (areas[i] - areas[i - 1]))
     return math.sqrt(dof) * math.tan(angle)
 
 
 def welch(a: list[float], b: list[float]) -> float:
-    """Half of Welch's 95 % interval of mean(a) - mean(b); infinite if one has under 2 values."""
-    if min(len(a), len(b)) < 2:
+    """Half of Welch's 95 % interval of mean(a) - mean(b); infinite where there is none."""
+    if min(len(a), len(b)) < 2 or variance(a) == variance(b) == 0:
         return math.inf
     squares = [variance(a) / len(a), variance(b) / len(b)]  # of the means' standard errors
-    if not any(squares):
-        return 0.0
     dof = sum(squares) ** 2 / (squares[0] ** 2 / (len(a) - 1) + squares[1] ** 2 / (len(b) - 1))
     return t_quantile(dof) * math.sqrt(sum(squares))
 
@@ -192,8 +160,6 @@ def verdicts(runs: dict) -> list[str]:
     rows = [["The report's conclusion", "Its gap", "Ours, 95 % interval", "n", "Verdict"]]
     for name, (heading, _) in TABLES.items():
         ranked = sorted(table_rows(name), key=lambda row: -row[1])
-        if name == "extended":  # beside the same training, half as long
-            ranked += [("32,000", *row[1:]) for row in table_rows("7") if row[2][3] == 10000]
         for (better, high, key), (worse, low, other) in pairwise(ranked):
             a, b = ([run["accuracy"] for run in runs.get((k, 1), [])] for k in (key, other))
             gap, half = fmean(a or [0]) - fmean(b or [0]), welch(a, b)
@@ -208,44 +174,35 @@ def verdicts(runs: dict) -> list[str]:
 def author_noise() -> str:
     """Two sentences on the noise between runs in the author's own logs (Table 7)."""
     runs = [run for run in read_author() if run["key"][:3] == ("sgd", 0.3, 128)]
-
-    def mean_loss(run: dict, end: int) -> float:  # of the 1,000 iterations up to there
-        return fmean(run["loss"][i] for i in range(end - 900, end + 1, 100))
-
-    start = [mean_loss(run, 4000) for run in runs]
-    best, *twice = [mean_loss(run, 32000) for step in ("8000", "10000") for run in runs
+    start, last = ([fmean(run["loss"][i] for i in range(end - 900, end + 1, 100)) for run in runs]
+                   for end in (4000, 32000))  # fmt: skip
+    best, *twice = [loss for step in ("8000", "10000") for run, loss in zip(runs, last)
                     if run["step"] == step and not run["settings"]]  # fmt: skip
     return f"""\
-The author's logs hold {len(start)} runs (SGD, learning rate 0.3, batch size 128) that are the same
+The author's logs hold {len(runs)} runs (SGD, learning rate 0.3, batch size 128) that are the same
 training until their first decay; by chance alone, their mean loss over iterations 3,001 to 4,000
 ranges from {min(start):.2f} to {max(start):.2f}. Decay step 10,000 was trained twice to iteration
-32,000 (once as the first half of the extended run): the mean loss of the last 1,000 iterations is
-{max(twice):.4f} and {min(twice):.4f}, on either side of the {best:.4f} of decay step 8,000, the
-report's best."""
+32,000 (once in the extended run): the mean loss of the last 1,000 iterations is {max(twice):.4f}
+and {min(twice):.4f}, on either side of the {best:.4f} of decay step 8,000, the report's best."""
 
 
 def markdown(shown: str, runs: dict, left_out: list) -> str:
     """The page, from what collect returned: tables, verdicts, and which logs are left out."""
-    lines = [
-        "Final accuracy on the 10,000 test images in percent: the report's one run, and ours as",
-        "mean ± sample standard deviation over n seeds. Differences are in points.",
-    ]
-    for n in sorted({n for _, n in runs}):
-        some = [run for (_, length), seeds in runs.items() for run in seeds if length == n]
-        facts = ", ".join(f"{name} {', '.join(sorted({run[name] for run in some}))}"
-                          for name in ("seed", "device", "torch", "precision"))  # fmt: skip
-        length = "full length" if n == 1 else f"1/{n} of the iterations and of the decay step"
-        hours = sum(run["hours"] for run in some)
-        lines += ["", f"Runs of ours at {length}: {len(some)}, {hours:.1f} hours, {facts}."]
-        if n > 1:
-            lines += ["These are no test of the report's rankings: so short of convergence,",
-                      "networks are ordered by how fast they start and by the seed."]  # fmt: skip
+    lengths = sorted({n for _, n in runs})
+    ours = ["Ours, %" if n == 1 else f"Ours at 1/{n}, %" for n in lengths]
+    by = sorted({run["by"] for seeds in runs.values() for run in seeds})
+    lines = ["Final accuracy on the 10,000 test images in percent: the report's one run, and ours,",
+             "mean ± sample standard deviation of n seeds. At 1/N, ours has 1/N of the iterations",
+             f"and of the decay step. Ours: {'; '.join(by) or 'no complete run'}."]  # fmt: skip
     if shown:
         lines += ["", f"**Our settings that are not the report's: {shown}.**"]
     for name, (heading, fixed) in TABLES.items():
+        rows = [[heading, "Report, %", *ours]]
+        for label, reported, key in table_rows(name):
+            cells = [accuracy(runs.get((key, n), [])) for n in lengths]
+            rows.append([label, f"{reported:.2f}", *cells])
         title = "Extended run" if name == "extended" else f"Table {name}"
-        lines += ["", f"### {title}: {heading.lower()}", "", f"{fixed}.", ""]
-        lines += accuracies(name, runs)
+        lines += ["", f"### {title}: {heading.lower()}", "", f"{fixed}.", "", *table(rows)]
     lines += ["", "### The report's conclusions", "", *verdicts(runs), "", author_noise()]
     if left_out:
         lines += ["", "Logs left out:", "", *(f"- `{name}`: {why}" for name, why in left_out)]
@@ -261,85 +218,55 @@ def rewrite_readme(path: Path, text: str) -> None:
         sys.exit(f"report.py: {path} needs one <!-- tables --> and one <!-- /tables --> after it")
     new = path.with_name(path.name + ".tmp")
     new.write_bytes(f"{before}<!-- tables -->\n{text}\n<!-- /tables -->{after}".encode())
-    os.replace(new, path)
+    new.replace(path)
 
 
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def draw_line(ax, curves: list[dict], end: float, every: int, **style) -> None:
-    """Draw the mean of curves {iteration: value} up to end, with markers at multiples of every and
-    at the last point, and a band from the lowest to the highest value."""
-    x = [i for i in (curves or [{}])[0] if i <= end and all(i in curve for curve in curves)]
-    if not x:
-        return
-    y = [[curve[i] for curve in curves] for i in x]
-    marks = [n for n, i in enumerate(x) if i % every == 0 or i == x[-1]]
-    ax.plot(x, [*map(fmean, y)], markevery=marks, **style)
-    if len(curves) > 1:
-        low, high = [*map(min, y)], [*map(max, y)]
-        ax.fill_between(x, low, high, color=style["color"], alpha=0.25, linewidth=0)
-
-
 def draw_panel(ax, rows: list, runs: dict, column: str, n: int) -> None:
-    """Draw the author's logs dashed, our runs at 1/n solid; for n > 1 until the first decay."""
+    """Draw the author's logs dashed and our runs at 1/n solid, for n > 1 until their first decay:
+    the mean over seeds, and a band from the lowest to the highest."""
     author = {run["key"]: run for run in read_author() if not run["settings"]}
-    ends = {key: key[4] if n == 1 else key[3] // n for *_, key in rows}
-    last = max(end for key, end in ends.items() if n == 1 or (key, n) in runs)
     for (label, reported, key), color, marker in zip(rows, COLOURS, MARKERS):
-        every, ours = 100 if n > 1 else key[3], runs.get((key, n), [])
-        style = {"color": color, "marker": marker}
-        draw_line(ax, [author[key][column]], last, every, linestyle=(0, (4, 1.5)),
-                  markerfacecolor="white", label=f"{label}: {reported:.2f} %", **style)  # fmt: skip
-        draw_line(ax, [run[column] for run in ours], ends[key], every,
-                  label=f"{label}: {accuracy(ours)[1]} %", **style)  # fmt: skip
-    markers = "every 100 iterations" if n > 1 else "learning-rate decays and end"
-    band = "; band: min to max of seeds" if ax.collections else ""
-    ax.set(xlabel=f"iteration (markers: {markers}{band})", xlim=0)
-    ax.set_ylabel("training loss" if column == "loss" else "test accuracy, %")
+        step, end = key[3], key[4] if n == 1 else key[3] // n
+        ours = runs.get((key, n), [])
+        label = f"{label}: {reported:.2f}" + (f", ours {accuracy(ours)}" if ours else "")
+        dashed = {"linestyle": (0, (4, 1.5)), "markerfacecolor": "white", "label": label}
+        for lines, style in (([author[key][column]], dashed), ([run[column] for run in ours], {})):
+            x = [i for i in sorted(set().union(*lines)) if i <= end and all(i in y for y in lines)]
+            y = [[line[i] for line in lines] for i in x]
+            marks = [at for at, i in enumerate(x) if i % step == 0 or i == x[-1]]
+            ax.plot(x, [*map(fmean, y)], color=color, marker=marker, markevery=marks, **style)
+            ax.fill_between(x, [*map(min, y)], [*map(max, y)], color=color, alpha=0.25, linewidth=0)
+    ax.set(xlabel="iteration (markers: learning-rate decays and end)", xlim=0)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    if column == "loss":
-        lows, highs = ([f(line.get_ydata()) for line in ax.lines] for f in (min, max))
-        # A wild line leaves the panel and the others stay legible: losses start at ln 10 = 2.3.
-        low, high = min(lows), min(max(highs), max(10, min(highs)))
-        ax.set_ylim(low / 1.2, high * 1.1)
-        if 0 < 5 * low < high:
-            ax.set_yscale("log")
-            ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("")
+    ax.set_title(f"Ours at 1/{n}, until their first decay" if n > 1 else "")
+    ax.set_ylabel("training loss" if column == "loss" else "test accuracy, %")
+    if column == "loss" and n == 1:
+        ax.set_yscale("log", subs=(2, 5))
+        ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
 
 
 def draw_figure(number: int, shown: str, runs: dict):
     """The report's Figure 4, 5, 6, 7 or 8 as a matplotlib Figure, from what collect returned.
-    Figure 8 is the extended run and the best row of Table 7, with the test accuracy of ours."""
+    Figure 8, the extended run, also shows the test accuracy of ours."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    name = "7" if number == 8 else str(number)
-    rows, (heading, fixed) = table_rows(name), TABLES[name]
-    title, panels = f"training loss by {heading.lower()}", [("loss", 1)]
-    if number == 8:
-        best = [*table_rows("extended"), max(rows, key=lambda row: row[1])]
-        rows = [(f"{k[4]:,} iterations, step {k[3]:,}", accuracy, k) for _, accuracy, k in best]
-        title = "best performance"
-        panels += [("test_acc", 1)] * any((key, 1) in runs for *_, key in rows)
-    lengths = [n for *_, key in rows for n in range(2, key[3] // 100 + 1) if (key, n) in runs]
-    panels += [("loss", n) for n in sorted(lengths)[:1]]
+    name, (heading, fixed) = list(TABLES.items())[number - 4]
+    title, rows = f"Figure {number}: training loss by {heading.lower()}", table_rows(name)
+    lengths = sorted({n for *_, key in rows for k, n in runs if k == key and key[3] // n >= 100})
+    panels = [("loss", 1)] + [("test_acc", 1)] * (number == 8 and 1 in lengths)
+    panels += [("loss", n) for n in lengths if n > 1]
     with rc_context(STYLE):
-        figure = Figure(figsize=(8, 2.2 + 2.8 * len(panels)), layout="constrained")
+        figure = Figure(figsize=(8, 2.2 + 2.8 * len(panels)), dpi=150, layout="constrained")
         axes = figure.subplots(len(panels), squeeze=False)[:, 0]
         for ax, (column, n) in zip(axes, panels):
             draw_panel(ax, rows, runs, column, n)
-        if lengths:
-            same = "" if shown else ",\nas up to there they are the report's training"
-            axes[-1].set_title(f"Until the first decay of our runs at 1/{n} (solid){same}")
-        axes[0].set_title("\n".join(filter(None, [f"Figure {number}: {title}", fixed, shown])))
-        for side, whose in (("left", "author, dashed"), ("right", "ours, solid")):
-            lines = [line for line in axes[0].lines if line.is_dashed() == (side == "left")]
-            if lines:
-                figure.legend(handles=lines, title=f"Final accuracy, {whose}", alignment="left",
-                              loc=f"outside lower {side}")  # fmt: skip
+        axes[0].set_title(f"{title}\n{fixed}" + f"\n{shown}" * bool(shown))
+        figure.legend(handles=axes[0].lines[::2], loc="outside lower left", alignment="left",
+                      title="Final accuracy, % (dashed: author, solid: ours)")  # fmt: skip
     return figure
 
 
@@ -353,8 +280,6 @@ def main() -> None:
     try:
         shown, runs, left_out = collect(args.logs)
         text = markdown(shown, runs, left_out)
-        if not runs:
-            print(f"report.py: no complete run in {args.logs}", file=sys.stderr)
         try:
             print(text, flush=True)
         except BrokenPipeError:  # `| head` has read enough; the files are still written
@@ -364,8 +289,7 @@ def main() -> None:
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
             for number in range(4, 9):
-                figure = draw_figure(number, shown, runs)
-                figure.savefig(args.figures / f"figure{number}.png", dpi=150)
+                draw_figure(number, shown, runs).savefig(args.figures / f"figure{number}.png")
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
     except OSError as error:
