@@ -106,8 +106,7 @@ def run_name(config: dict) -> str:
     parts = ["{optimizer}_lr{lr0}_bs{bs}_step{step}".format(**config)]
     for key in ("gamma", "momentum", "betas", "wd", "iters", "data", "precision"):
         if config[key] != default[key]:
-            label = "" if key in ("data", "precision") else key
-            parts.append(f"{label}{config[key]}")
+            parts.append(f"{key}{config[key]}".removeprefix("data").removeprefix("precision"))
     return "_".join([*parts, f"seed{config['seed']}"]).replace(" ", "-")
 
 
@@ -115,10 +114,7 @@ def run_name(config: dict) -> str:
 
 
 def build(config: dict, device: torch.device) -> tuple[ResNet, optim.Optimizer]:
-    """The network with the seed's initial weights, and its optimizer, one of Table 4's.
-
-    Weight decay is added to the gradient in all four.
-    """
+    """The network with the seed's initial weights, and one of Table 4's optimizers, all with L2."""
     torch.manual_seed(config["seed"])
     model = ResNet().to(device, memory_format=torch.channels_last)
     params, cuda = model.parameters(), device.type == "cuda"  # the graph needs `capturable`
@@ -201,7 +197,8 @@ class RecordedStep:
             raise
         except Exception as error:  # a compiler or a library may raise anything
             reason = error.__context__ or error  # what ended the recording, if it was recording
-            raise RecordingFailed(f"{type(reason).__name__}: {reason}") from error
+            line = f"{type(reason).__name__}: {reason}".partition("\n")[0]
+            raise RecordingFailed(line) from error
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
@@ -223,12 +220,9 @@ def evaluate(model: ResNet, split: data.Split, precision: str) -> Tensor:
 
 
 def save(path: Path, **content) -> None:
-    """torch.save that a kill or a full disk cannot tear: the old file stays until the new is whole.
-
-    By way of memory, as torch.save raises no OSError where a disk is full.
-    """
+    """torch.save that no kill and no full disk tears: the old file stays until the new is whole."""
     buffer, new = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save(content, buffer)
+    torch.save(content, buffer)  # by way of memory: it raises no OSError on a full disk
     new.write_bytes(buffer.getbuffer())
     os.replace(new, path)
 
@@ -410,8 +404,7 @@ def main() -> None:
         try:
             return train(args)
         except RecordingFailed as error:
-            reason = str(error).partition("\n")[0][:200]
-            print(f"train.py: no recording, so plain PyTorch ({reason})", file=sys.stderr)
+            print(f"train.py: no recording, so plain PyTorch ({error})", file=sys.stderr)
         train(args, plain=True)  # from the checkpoint, as after any other end
     except torch.OutOfMemoryError:
         fail("the device's memory is full; try a lower --bs or another --device")
