@@ -111,39 +111,57 @@ def flop_per_image() -> float:
     return counter.get_total_flops() / 2
 
 
-def main() -> None:
+def start(name: str, step, device: torch.device) -> bool:
+    """Run what is no replay yet: three plain iterations and the recording; whether they worked."""
+    began = time.perf_counter()
+    try:
+        for _ in range(4):
+            step()
+    except train.RecordingFailed as error:
+        print(f"bench.py: without {name} ({error})", file=sys.stderr)
+        return False
+    synchronize(device)
+    print(f"{name}: {time.perf_counter() - began:.1f} s to start", file=sys.stderr)
+    return True
+
+
+def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"bench.py: {message} (--help)\n")
     workers = min(8, os.cpu_count())
     parser.add_argument("--bs", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=50, help="steps in a turn (50)")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each (10)")
     parser.add_argument("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
     parser.add_argument("--csv", type=Path, help="file to write the figures to as well")
-    parser.epilog = "Any other flag is train.py's: --device, --precision, --data."
-    args, others = parser.parse_known_args()
-    flags = train.parse_args(others)
-    device = train.open_device(flags.device, flags.precision)
+    parser.add_argument("--data", default="./data", help="folder with CIFAR-10, or `synthetic`")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device = train.open_device(args.device, args.precision)
     ways = ("plain", "recorded", "compiled") if device.type == "cuda" else ("plain",)
-    split, _ = data.load(flags.data, device)
+    try:
+        split, _ = data.load(args.data, device)
+    except data.DataError as error:
+        sys.exit(f"bench.py: {error}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     flop = flop_per_image()
-    print(f"{machine}, torch {torch.__version__}, {flags.precision}, {args.workers} workers")
+    print(f"{machine}, torch {torch.__version__}, {args.precision}, {args.workers} workers")
     print("\n| batch | code | ms a step | images/s | TFLOP/s | ratio |\n|--:|---|--:|--:|--:|--:|")
     rows = []
     for bs in args.bs:
-        flags.bs = bs
-        config = train.settings(flags)
+        config = train.settings(train.parse_args(["--bs", str(bs), "--precision", args.precision]))
         steps = {"usual loop": usual_step(split, config, device, args.workers)}
         for way in ways:
             name = "this code" if way == "plain" else f"this code, {way}"
-            steps[name] = our_step(split, config, device, way)
-            began = time.perf_counter()
-            for _ in range(4):  # three plain iterations, then the recording
-                steps[name]()
-            synchronize(device)
-            seconds = time.perf_counter() - began
-            print(f"batch {bs}, {name}: {seconds:.1f} s to start", file=sys.stderr)
+            step = our_step(split, config, device, way)
+            if start(f"batch {bs}, {name}", step, device):
+                steps[name] = step
         turns = time_turns(steps, device, args.rounds, args.steps)
         medians = {name: statistics.median(turn) for name, turn in turns.items()}
         for name, seconds in medians.items():
@@ -152,7 +170,7 @@ def main() -> None:
             rate, ratio = f"{bs / seconds:.0f}", f"{medians['usual loop'] / seconds:.2f}"
             tflops = f"{bs / seconds * flop / 1e12:.2f}"
             print(f"| {bs} | {name} | {ms} ± {spread} | {rate} | {tflops} | {ratio} |", flush=True)
-            setting = [machine, torch.__version__, flags.precision, bs, args.rounds, args.steps]
+            setting = [machine, torch.__version__, args.precision, bs, args.rounds, args.steps]
             rows.append([*setting, name, ms, spread, rate, tflops, ratio])
     if args.csv:
         header = "device torch precision bs rounds steps code ms spread images_per_s tflops ratio"

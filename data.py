@@ -60,7 +60,7 @@ def cifar10(root: Path) -> list[Split]:
     problem = f"no CIFAR-10 in {root}, and the download failed: unpack {CIFAR10.url} there"
     try:
         if not folder.exists():
-            # Into a folder of its own, so that a failure or a kill leaves nothing half done.
+            # By way of a folder of its own, so that the data are there whole or not at all.
             with tempfile.TemporaryDirectory(dir=root if root.exists() else root.parent) as new:
                 CIFAR10(new, download=True)
                 root.mkdir(exist_ok=True)
@@ -119,7 +119,10 @@ def scale(images: Tensor) -> Tensor:
 
 
 def augment(windows: Tensor, plan: Tensor) -> Tensor:
-    """The images of `plan` (int64 [4, b]) cropped, flipped and scaled: float32 [b, 3, 32, 32]."""
+    """A batch, cropped, flipped and scaled: float32 [b, 3, 32, 32], stored channels last.
+
+    `windows` is what crop_windows gives, `plan` some columns of epoch_plan's, int64 [4, b].
+    """
     index, top, left, flip = plan
     images = windows[index, top, left]
     images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)

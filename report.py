@@ -281,6 +281,8 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="Markdown file whose tables to rewrite")
     parser.add_argument("--figures", type=Path, help="folder for figure4.png ... figure8.png")
     args = parser.parse_args()
+    if not Path(args.logs).is_dir():
+        sys.exit(f"report.py: no folder {args.logs}: train first, or try --logs results")
     try:
         shown, runs, left_out = collect(args.logs)
         text = markdown(shown, runs, left_out)

@@ -72,14 +72,16 @@ fi
 # In the background, as bash heeds a signal to itself only between commands or in `wait`.
 trap 'kill $! 2> /dev/null; exit 130' INT
 trap 'kill $! 2> /dev/null; exit 143' TERM
-failed='' left=''
+failed='' left='' trained=0 spent=0  # complete runs take a few seconds, and do not count
 for i in "${!runs[@]}"; do
-  [ "$i" = 0 ] || left=", perhaps $((SECONDS * (${#runs[@]} - i) / i / 60)) min left"
+  [ $trained = 0 ] || left=", perhaps $((spent * (${#runs[@]} - i) / trained / 60)) min left"
+  began=$SECONDS
   echo "== $((i + 1)) of ${#runs[@]}, $((SECONDS / 60)) min so far$left. ${titles[i]}: ${runs[i]}"
   read -r -a flags <<< "${runs[i]}"
   python train.py "${flags[@]}" "$@" &
   wait $!
-  status=$?
+  status=$? took=$((SECONDS - began))
+  [ $took -lt 10 ] || spent=$((spent + took)) trained=$((trained + 1))
   case $status in
     0) ;;
     2 | 127) exit $status ;;  # a bad flag or no python: every row would fail alike

@@ -6,8 +6,8 @@
     python train.py --eval logs/NAME.pt            # test accuracy of saved weights, by class
 
 Writes LOGS/NAME.csv and LOGS/NAME.pt, and while it runs LOGS/NAME.ckpt; NAME is the settings. Stop
-it however you like: the same command continues from the checkpoint, about a minute back, and ends
-with the files of an undisturbed run. A complete run is not trained again.
+it however you like: the same command continues from the checkpoint, a minute or a row of the log
+back, and ends with the files of an undisturbed run. A complete run is not trained again.
 """
 
 import argparse
@@ -54,10 +54,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=("sgd", "adam", "adagrad", "asgd"), default="sgd")
     add("--lr", type=float, default=0.3, help="learning rate at the start (%(default)s)")
     add("--bs", type=int, default=128, help="batch size (%(default)s)")
-    add("--step", type=int, default=8000, help="iterations from decay to decay (%(default)s)")
+    add("--step", type=int, default=8000, help="iterations between two decays (%(default)s)")
     add("--gamma", type=float, default=0.2, help="factor of each decay (%(default)s)")
-    add("--momentum", type=float, default=0.9, help="of sgd only (%(default)s)")
-    add("--betas", type=float, nargs=2, default=[0.7, 0.7], help="of adam only (0.7 0.7)")
+    add("--momentum", type=float, default=0.9, help="for sgd only (%(default)s)")
+    add("--betas", type=float, nargs=2, default=[0.7, 0.7], help="both, for adam only (0.7 0.7)")
     add("--wd", type=float, default=1e-4, help="weight decay, added to the gradient (%(default)s)")
     add("--iters", type=int, default=32000, help="iterations, not epochs (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, crops and flips (%(default)s)")
@@ -73,12 +73,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval", type=Path, metavar="FILE", help="test the weights in FILE, train nothing")
     args = parser.parse_args(argv)
     for flags, low, high in (("bs step iters log-every eval-every", 1, 10**9), ("betas", 0, 0.9999),
-                             ("lr wd ckpt-every", 0, 1e9), ("gamma momentum", 0, 1),
+                             ("lr wd ckpt-every", 0, 10**9), ("gamma momentum", 0, 1),
                              ("seed", 0, 2**32 - 1)):  # fmt: skip
         for flag in flags.split():
             value = getattr(args, flag.replace("-", "_"))
             if not all(low <= v <= high for v in (value if flag == "betas" else [value])):
-                parser.error(f"--{flag} must be from {low:g} to {high:g}, not {value}")  # or nan
+                parser.error(f"--{flag} must be from {low:,} to {high:,}, not {value}")  # or nan
     return args
 
 
@@ -114,7 +114,7 @@ def run_name(config: dict) -> str:
 
 
 def build(config: dict, device: torch.device) -> tuple[ResNet, optim.Optimizer]:
-    """The network with the seed's initial weights, and one of Table 4's optimizers, all with L2."""
+    """The network with the seed's initial weights, and its optimizer, with decay in the gradient."""
     torch.manual_seed(config["seed"])
     model = ResNet().to(device, memory_format=torch.channels_last)
     params, cuda = model.parameters(), device.type == "cuda"  # the graph needs `capturable`
@@ -238,7 +238,7 @@ def loaded(path: Path):
     except FileNotFoundError:
         fail(f"there is no file {path}")
     except Exception as error:  # damage may raise anything
-        fail(f"cannot use {path}: {type(error).__name__}, {str(error)[:200]}")
+        fail(f"cannot use {path} ({error!r:.200}); to train anew, delete it and its log")
 
 
 def is_complete(log: Path) -> bool:
@@ -263,11 +263,11 @@ def resume(log, ckpt: Path, config: dict, model, optimizer) -> tuple[int, float]
         fail(f"another process is training {log.name}")
     if not ckpt.exists():
         if log.tell():
-            fail(f"{log.name} is unfinished and has no checkpoint; delete it to train it anew")
+            fail(f"{log.name} has no checkpoint; if it is unfinished, delete it to train anew")
         return 0, 0.0
     with loaded(ckpt) as saved:
         if saved["config"] != config or saved["log_size"] > log.tell():
-            raise ValueError("it does not belong to this log; delete both to train anew")
+            raise ValueError("it does not belong to this log")
         model.load_state_dict(saved["model"])
         # The groups hold flags of this start's device; the rest of the state is the run's.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
@@ -281,7 +281,7 @@ def resume(log, ckpt: Path, config: dict, model, optimizer) -> tuple[int, float]
 
 
 def open_device(name: str | None, precision: str) -> torch.device:
-    """The device of this name, else the first found of cuda, mps and cpu, ready to train."""
+    """The device of this name, else the first found of cuda, mps and cpu; exits if it cannot be."""
     found = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = name or next(name for name in found if found[name])
     if not found[name]:
@@ -306,7 +306,7 @@ def train(args: argparse.Namespace, plain: bool = False) -> None:
     """Train what the flags describe, or continue it, or say that it is complete.
 
     Exits with 3 when the loss is no longer finite; the log then shows it. On CUDA raises
-    RecordingFailed where the step cannot be compiled or recorded, unless `plain` wants neither.
+    RecordingFailed where the step cannot be compiled or recorded; `plain` tries neither.
     """
     config = settings(args)
     name, bs, iters = run_name(config), config["bs"], config["iters"]
@@ -404,7 +404,7 @@ def main() -> None:
         try:
             return train(args)
         except RecordingFailed as error:
-            print(f"train.py: no recording, so plain PyTorch ({error})", file=sys.stderr)
+            print(f"train.py: no CUDA graph, so slower plain PyTorch ({error})", file=sys.stderr)
         train(args, plain=True)  # from the checkpoint, as after any other end
     except torch.OutOfMemoryError:
         fail("the device's memory is full; try a lower --bs or another --device")
