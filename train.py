@@ -114,7 +114,7 @@ def run_name(config: dict) -> str:
 
 
 def build(config: dict, device: torch.device) -> tuple[ResNet, optim.Optimizer]:
-    """The network with the seed's initial weights, and its optimizer, with decay in the gradient."""
+    """The network with the seed's weights, and its optimizer; weight decay is added to the gradient."""
     torch.manual_seed(config["seed"])
     model = ResNet().to(device, memory_format=torch.channels_last)
     params, cuda = model.parameters(), device.type == "cuda"  # the graph needs `capturable`
@@ -193,10 +193,10 @@ class RecordedStep:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.step(self.plan)
                 self.graph.replay()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a compiler or a library may raise anything
             reason = error.__context__ or error  # what ended the recording, if it was recording
+            if isinstance(reason, torch.OutOfMemoryError):
+                raise reason
             line = f"{type(reason).__name__}: {reason}".partition("\n")[0]
             raise RecordingFailed(line) from error
         torch.cuda.synchronize()
