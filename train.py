@@ -114,7 +114,7 @@ def run_name(config: dict) -> str:
 
 
 def build(config: dict, device: torch.device) -> tuple[ResNet, optim.Optimizer]:
-    """The network with the seed's weights, and its optimizer; weight decay is added to the gradient."""
+    """The seed's network, and its optimizer, which adds the weight decay to the gradient."""
     torch.manual_seed(config["seed"])
     model = ResNet().to(device, memory_format=torch.channels_last)
     params, cuda = model.parameters(), device.type == "cuda"  # the graph needs `capturable`
