@@ -1026,7 +1026,7 @@ def test_graphed_step_records_what_the_plain_step_does(monkeypatch):
         before = weight
         yield
         weight, graph.plan, graph.lr = before, graphed.plan, optimizer.param_groups[0]["lr"]
-        recordings.append(graph.lr)
+        recordings.append((graph.plan[0, 0].item() // 4, graph.lr))
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
@@ -1042,7 +1042,7 @@ def test_graphed_step_records_what_the_plain_step_does(monkeypatch):
             function(plan.clone())
         results.append(weight)
     assert torch.equal(*results)
-    assert recordings == [1.0, 0.2, 0.2**2]  # one a learning rate, after three plain steps
+    assert recordings == [(3, 1.0), (4, 0.2), (8, 0.2**2)]  # after three plain steps, at each rate
 
 
 def fail_to_record() -> None:
