@@ -458,6 +458,30 @@ def test_progress(columns, tmp_path):
         assert re.match(r"4/5  loss [\d.]+  test [\d.]+ %  \d images/s  ", lines[2])
 
 
+def slow_pauses() -> None:
+    """On this process's clock files, evaluation and preparation take 100 seconds, a look 0.01."""
+    ticks, pauses, make_step = itertools.count(step=0.01), [], train.make_step
+    train.time.perf_counter = lambda: next(ticks) + 100 * len(pauses)
+
+    def slow(function, preparation=None):
+        def slower(*args, **named):
+            pauses.append(function)
+            result = function(*args, **named)
+            return preparation or result
+
+        return slower
+
+    train.evaluate, train.save = slow(train.evaluate), slow(train.save)
+    train.make_step = lambda *args: slow(make_step(*args), preparation=100)
+
+
+def test_seconds_are_those_of_training_alone(tmp_path):
+    result = call(tmp_path, *SHORT, "--ckpt-every", 1000, hook=(slow_pauses,))
+    assert result.code == 0, result.err
+    seconds = [float(row["seconds"]) for row in read_rows(tmp_path / "logs" / f"{NAME}.csv")]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < 1
+
+
 def test_eval_gives_the_logged_accuracy(undisturbed):
     folder = undisturbed["sgd"]
     result = call(folder, "--eval", f"logs/{NAME}.pt", "--device", "cpu")  # data as trained on
