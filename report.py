@@ -13,6 +13,7 @@ import csv
 import math
 import os
 import sys
+from functools import cache
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from statistics import fmean, stdev, variance
@@ -76,6 +77,7 @@ def complete_run(rows: list[dict]) -> dict:
     }
 
 
+@cache
 def read_author() -> list[dict]:
     """The 15 published logs of the report's author, each as complete_run has it."""
     with open(HERE / "results" / "author.csv", newline="", encoding="utf-8") as file:

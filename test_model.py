@@ -629,12 +629,18 @@ def commands(tables: str, n: int = 1) -> list[str]:
     ))  # fmt: skip
 
 
-def script(name: str, *args, **env) -> subprocess.CompletedProcess:
-    """Run a script with the Python that runs the tests, one thread for each."""
+def environment(**env) -> dict:
+    """In which `python` is the one that runs the tests, with one thread."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | env
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | env
+
+
+def script(name: str, *args, **env) -> subprocess.CompletedProcess:
+    """Run a script of the project to its end."""
     command = ["bash" if str(name).endswith("sh") else sys.executable, HERE / name, *args]
-    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd="/", env=environment(**env), capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.fixture
@@ -697,10 +703,8 @@ def test_run_all_help_and_another_shell(stubbed):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_run_all_and_the_training(stubbed, number):
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "WAIT": "256"}
-    process = subprocess.Popen(["bash", stubbed / "run_all.sh"], env=env, start_new_session=True,
-                               stdout=subprocess.PIPE)  # fmt: skip
+    command, env = ["bash", stubbed / "run_all.sh"], environment(WAIT="256")
+    process = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.PIPE)
     while not (stubbed / "ready").exists():
         assert process.poll() is None
         time.sleep(0.05)
