@@ -862,7 +862,8 @@ def test_figures(all_runs, number):
     figure = report.draw_figure(number, "wd 0.0", {})
     assert figure.axes[0].get_title(loc="left").endswith("\nwd 0.0")
     assert len(figure.axes) == 1 and not curves(figure.axes[0])[1]
-    assert figure.legends[0].get_texts()[0].get_text() == f"{rows[0][0]}: {rows[0][1]:.2f}"
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [f"{label}: {reported:.2f}" for label, reported, _ in rows]
 
 
 def test_mean_band_and_runs_at_a_tenth(tmp_path):
@@ -1013,10 +1014,8 @@ def test_failed_recording_continues_in_plain_pytorch(device, undisturbed, tmp_pa
     rows = read_rows(tmp_path / "logs" / f"{NAME}.csv")
     assert [row["iteration"] for row in rows] == ["2", "4", "5"]
     line = "train.py: no CUDA graph, so slower plain PyTorch (why)\n"
-    assert device == "cuda" or (result.err, outcome(tmp_path)) == (
-        line,
-        outcome(undisturbed["sgd"]),
-    )
+    if device == "cpu":
+        assert (result.err, outcome(tmp_path)) == (line, outcome(undisturbed["sgd"]))
 
 
 def smooth(kill: bool) -> None:
