@@ -1,5 +1,4 @@
-"""All tests: `pytest test_model.py`. They need no GPU, no network and no data set, and do a little
-more where ./data holds CIFAR-10 or CUDA is there."""
+"""All tests. They need no GPU, network or data set, and do more with CUDA or CIFAR-10 in ./data."""
 
 import csv
 import itertools
@@ -19,7 +18,6 @@ from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, raise_signal
 from types import SimpleNamespace
 from unittest.mock import Mock
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -40,15 +38,14 @@ os.environ["COLUMNS"] = "80"  # however wide the terminal is
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 OPTIMIZERS = ("sgd", "adam", "adagrad", "asgd")
-needs_cifar10 = pytest.mark.skipif(
-    not (HERE / "data" / CIFAR10.base_folder).exists(), reason="no CIFAR-10 in ./data"
-)
+FILES = HERE / "data" / CIFAR10.base_folder
+needs_cifar10 = pytest.mark.skipif(not FILES.exists(), reason="no CIFAR-10 in ./data")
 
 
 # ---- the command line, run in fresh processes ----------------------------------------------------
 
 FORKS = multiprocessing.get_context("forkserver")
-# Fork from a server that has imported PyTorch; it must not ask for CUDA, or its forks cannot use it.
+# Fork from a server that has imported PyTorch; it must not ask for CUDA, or forks cannot use it.
 FORKS.set_forkserver_preload(["test_model"])
 
 
@@ -214,7 +211,7 @@ def test_synthetic_images_are_learnable():
 
 
 def test_data_errors(tmp_path, monkeypatch):
-    fetch = Mock(side_effect=URLError("no network"))
+    fetch = Mock(side_effect=OSError("no network"))
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
     with pytest.raises(data.DataError, match="download failed: unpack .*no network"):
         data.load(str(tmp_path / "data"), CPU)
@@ -953,6 +950,8 @@ def test_recorded_step_trains_each_plan_once_at_its_rate(monkeypatch):
         recorded(torch.tensor(t))
     assert trained == expected
     assert recordings == [expected[t] for t in (3, 4, 8)]  # after three to warm up, at each rate
+    with pytest.raises(train.RecordingFailed, match="RuntimeError: "):
+        train.RecordedStep(step, optimizer)(torch.zeros(2))  # no single number: the step raises
 
 
 # A string: pytest evaluates it, but not the import of this file in the forks' server. See FORKS.

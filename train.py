@@ -12,6 +12,7 @@ back, and ends with the files of an undisturbed run. A complete run is not train
 
 import argparse
 import difflib
+import gc
 import io
 import math
 import os
@@ -57,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--step", type=int, default=8000, help="iterations between two decays (%(default)s)")
     add("--gamma", type=float, default=0.2, help="factor of each decay (%(default)s)")
     add("--momentum", type=float, default=0.9, help="for sgd only (%(default)s)")
-    add("--betas", type=float, nargs=2, default=[0.7, 0.7], help="both, for adam only (0.7 0.7)")
+    add("--betas", type=float, nargs=2, default=[0.7, 0.7], help="the two, for adam only (0.7 0.7)")
     add("--wd", type=float, default=1e-4, help="weight decay, added to the gradient (%(default)s)")
     add("--iters", type=int, default=32000, help="iterations, not epochs (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, crops and flips (%(default)s)")
@@ -67,9 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
         help="of convolutions on CUDA; bf16: autocast anywhere (%(default)s)")  # fmt: skip
     add("--compile", action="store_true", help="CUDA: compile the network, then record it")
-    add("--log-every", type=int, default=100, help="iterations per row of the log (%(default)s)")
-    add("--eval-every", type=int, default=1000, help="iterations per evaluation (%(default)s)")
-    add("--ckpt-every", type=float, default=60, help="seconds per checkpoint (%(default)s)")
+    add("--log-every", type=int, default=100, help="iterations between rows (%(default)s)")
+    add("--eval-every", type=int, default=1000, help="iterations between evaluations (%(default)s)")
+    add("--ckpt-every", type=float, default=60, help="seconds between checkpoints (%(default)s)")
     add("--eval", type=Path, metavar="FILE", help="test the weights in FILE, train nothing")
     args = parser.parse_args(argv)
     for flags, low, high in (("bs step iters log-every eval-every", 1, 10**9), ("betas", 0, 0.9999),
@@ -83,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def nearest(parser: argparse.ArgumentParser, message: str) -> str:
-    """For an unknown flag, the known one that has a word like it in its name or its help."""
+    """For an unknown flag, the known flag whose name or help has a similar word."""
     unknown = re.match("unrecognized arguments: --([^ =]+)", message)
     lines = [line.split() for line in parser.format_help().splitlines() if line[:4] == "  --"]
     flags = {word.strip("-(,;:)"): line[0] for line in reversed(lines) for word in line}
@@ -194,10 +195,8 @@ class RecordedStep:
                     self.step(self.plan)
                 self.graph.replay()
         except Exception as error:  # a compiler or a library may raise anything
-            reason = error.__context__ or error  # what ended the recording, if it was recording
-            if isinstance(reason, torch.OutOfMemoryError):
-                raise reason
-            line = f"{type(reason).__name__}: {reason}".partition("\n")[0]
+            error = error.__context__ or error  # what ended the recording, if it was recording
+            line = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise RecordingFailed(line) from error
         torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -238,7 +237,7 @@ def loaded(path: Path):
     except FileNotFoundError:
         fail(f"there is no file {path}")
     except Exception as error:  # damage may raise anything
-        fail(f"cannot use {path} ({error!r:.200}); to train anew, delete it and its log")
+        fail(f"cannot use {path} ({error!r:.200}); if damaged or foreign, delete it and its log")
 
 
 def is_complete(log: Path) -> bool:
@@ -405,6 +404,7 @@ def main() -> None:
             return train(args)
         except RecordingFailed as error:
             print(f"train.py: no CUDA graph, so slower plain PyTorch ({error})", file=sys.stderr)
+        gc.collect()  # the failed start's tensors would stay in cycles, PyTorch's own among them
         train(args, plain=True)  # from the checkpoint, as after any other end
     except torch.OutOfMemoryError:
         fail("the device's memory is full; try a lower --bs or another --device")
