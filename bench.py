@@ -138,7 +138,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", default="./data", help="folder with CIFAR-10, or `synthetic`")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(*args.bs, args.steps, args.rounds, args.workers + 1) < 1:
+        parser.error("--bs, --steps and --rounds must be 1 or more, --workers 0 or more")
+    return args
 
 
 def main() -> None:

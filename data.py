@@ -61,7 +61,8 @@ def cifar10(root: Path) -> list[Split]:
     try:
         if not folder.exists():
             # By way of a folder of its own, so that the data are there whole or not at all.
-            with tempfile.TemporaryDirectory(dir=root if root.exists() else root.parent) as new:
+            place = root if root.exists() else root.parent
+            with tempfile.TemporaryDirectory(prefix="cifar-10-download-", dir=place) as new:
                 CIFAR10(new, download=True)
                 root.mkdir(exist_ok=True)
                 os.replace(Path(new, folder.name), folder)
@@ -134,6 +135,7 @@ def main() -> None:
     from torchvision.utils import make_grid, save_image
 
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"data.py: {message} (--help)\n")
     parser.add_argument("--data", default="./data", help="folder of CIFAR-10, or `synthetic`")
     parser.add_argument("--out", default="figure1.png", help="the picture to write")
     args = parser.parse_args()
