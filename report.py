@@ -54,9 +54,9 @@ def table_rows(table: str) -> list[tuple[str, float, tuple]]:
 
 
 def complete_run(rows: list[dict]) -> dict:
-    """A run from the rows of its log: the last row, `key` as in table_rows, `loss` {iteration: mean
-    over 100}, `test_acc` {iteration: percent}, `accuracy`, the last of them, and `settings`, those
-    that are not the report's, as text. ValueError or LookupError: damaged or incomplete."""
+    """A run from the rows of its log: the last row, `key` as in table_rows, `loss` {end of a
+    hundred iterations: mean of its rows}, `test_acc` {iteration: percent}, `accuracy`, the last of
+    them, and `settings`, those not the report's, as text. Raises ValueError or LookupError."""
     run, ends = rows[-1], [int(row["iteration"]) for row in rows]
     fixed = run.keys() - {"device", "torch", "iteration", "lr", "loss", "test_acc", "seconds"}
     if ends != sorted(set(ends)) or any(row[name] != run[name] for row in rows for name in fixed):
