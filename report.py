@@ -4,7 +4,7 @@
     python report.py --readme README.md     also rewrites them between the markers there
     python report.py --figures figures      also draws figure4.png ... (needs matplotlib)
 
-Shown are complete runs, at full length and at 1/N of it (run_all.sh --shorten N), with the report's
+Shown are complete runs, at full length and at 1/N of it (run_all.sh --shorten N), with the default
 settings or, where no run has them, those of most runs. Every other log is named with the reason.
 """
 
@@ -86,7 +86,7 @@ def read_author() -> list[dict]:
 
 
 def collect(folder: str | Path) -> tuple[str, dict, list]:
-    """Sort a folder's logs into the rows. Returns the settings shown that are not the report's, as
+    """Sort a folder's logs into the rows. Returns the settings shown that are not the defaults, as
     text; {(key, N): runs at 1/N of that row's length, one a seed}; [(file name, why left out)]."""
     rows = [key for name in TABLES for *_, key in table_rows(name)]
     places = {  # what run_all.sh --shorten n makes of a row; where two agree, the longer counts
@@ -159,7 +159,7 @@ def welch(a: list[float], b: list[float]) -> float:
 
 def verdicts(runs: dict) -> list[str]:
     """Lines of a table: each conclusion of the report, and what our full-length runs say of it."""
-    rows = [["The report's conclusion", "Its gap", "Ours, 95 % interval", "n", "Verdict"]]
+    rows = [["The report's conclusion", "Its gap", "Ours, 95 % interval", "n of each", "Verdict"]]
     for name, (heading, _) in TABLES.items():
         ranked = sorted(table_rows(name), key=lambda row: -row[1])
         for (better, high, key), (worse, low, other) in pairwise(ranked):
@@ -197,7 +197,7 @@ def markdown(shown: str, runs: dict, left_out: list) -> str:
              "mean ± sample standard deviation of n seeds. At 1/N, ours has 1/N of the iterations",
              f"and of the decay step. Ours: {'; '.join(by) or 'no complete run'}."]  # fmt: skip
     if shown:
-        lines += ["", f"**Our settings that are not the report's: {shown}.**"]
+        lines += ["", f"**Our settings that are not the defaults: {shown}.**"]
     for name, (heading, fixed) in TABLES.items():
         rows = [[heading, "Report, %", *ours]]
         for label, reported, key in table_rows(name):

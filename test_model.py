@@ -597,7 +597,7 @@ def test_failing_row_stops_the_others_only_if_all_would_fail(stub, tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[:-1] == [f"train.py {flags} --seed 1 --logs=x" for flags in commands("")]
     assert calls[-1] == "report.py --logs=x"
-    assert "Report 88.51 % in Table 4 and 5: --optimizer sgd --lr 0.1 --bs 64" in result.stdout
+    assert "Report 88.51 % in Table 4 and Table 5: --optimizer sgd --lr 0.1" in result.stdout
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert re.match(r"run_all\.sh: failed, exit 3: .*--bs 32", result.stderr)
     assert script("run_all.sh", "5", **stub, DO="exit 2").returncode == 2
@@ -634,7 +634,7 @@ def test_table_on_ten_generated_images(stub, tmp_path):
     flags = "5 --shorten 1000 -- --data synthetic --device cpu --logs".split()
     first, again = (script("run_all.sh", *flags, tmp_path / "its logs", **stub) for _ in range(2))
     assert first.returncode == again.returncode == 0, first.stderr
-    assert "**Our settings that are not the report's: data synthetic.**" in first.stdout
+    assert "**Our settings that are not the defaults: data synthetic.**" in first.stdout
     assert again.stdout.count("is complete") == 3  # and Tables 4 and 6 share a row each with 5:
     assert first.stdout.count(" (n = 1) |") == 5
 
@@ -686,7 +686,7 @@ def test_page_of_all_rows(all_runs):
             word = "supported" if gap > half else "undecided"
             assert f"\n| {heading}: {better} > {worse} | {gap:+.2f} | {ours} | {word} |\n" in text
     assert text.count("| supported |") == 4 and text.count("| undecided |") == 8
-    assert not re.search(r"left out|not the report's:| at 1/\d", text)
+    assert not re.search(r"left out|not the defaults:| at 1/\d", text)
     noise = " ".join(text.split())
     assert "logs hold 7 runs" in noise and "4,000 ranges from 0.66 to 0.94." in noise
     assert "is 0.0060 and 0.0038, on either side of the 0.0046 of decay step 8,000" in noise
@@ -752,7 +752,7 @@ def test_settings_of_most_runs_unless_the_reports_are_there(tmp_path):
     write_log(tmp_path, 50, 60, lr0=0.1, bs=64, precision="bf16")
     write_log(tmp_path, *[70] * 9, lr0=0.7)  # in no table
     text = page(tmp_path)
-    assert "\n\n**Our settings that are not the report's: data synthetic.**\n" in text
+    assert "\n\n**Our settings that are not the defaults: data synthetic.**\n" in text
     assert text.count("| 30.00 ± 10.00 (n = 3) |") == 2
     assert text.count(": other settings: precision bf16\n") == 2
     write_log(tmp_path, 80, lr0=0.5, bs=64)
