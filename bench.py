@@ -176,6 +176,7 @@ def main() -> None:
             setting = [machine, torch.__version__, args.precision, bs, args.rounds, args.steps]
             rows.append([*setting, name, ms, spread, rate, tflops, ratio])
     if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
         header = "device torch precision bs rounds steps code ms spread images_per_s tflops ratio"
         with open(args.csv, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([header.split(), *rows])

@@ -51,15 +51,16 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-runs=() titles=()  # flags and title of each; a run that tables share stands here once
+runs=() titles=() images=() todo=0  # of each run; one that tables share stands here once
 while read -r table accuracy optimizer lr bs step iters; do
   [[ " ${tables:-4 5 6 7} " == *" $table "* && $iters ]] || continue
   flags="--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))"
-  [ $n = 1 ] || flags="$flags --log-every $(((n + 99) / n))"
+  [ "$n" = 1 ] || flags="$flags --log-every $(((n + 99) / n))"
   for i in "${!runs[@]}"; do
-    [ "${runs[i]}" != "$flags" ] || { titles[i]="${titles[i]} and $table"; continue 2; }
+    [ "${runs[i]}" != "$flags" ] || { titles[i]="${titles[i]} and Table $table"; continue 2; }
   done
-  runs+=("$flags") titles+=("Report $accuracy % in Table $table")
+  runs+=("$flags") titles+=("Report $accuracy % in Table $table") images+=($((bs * iters)))
+  todo=$((todo + bs * iters))
 done <<< "$rows"
 
 if [ "$list" ]; then
@@ -74,14 +75,15 @@ trap 'kill $! 2> /dev/null; exit 130' INT
 trap 'kill $! 2> /dev/null; exit 143' TERM
 failed='' left='' trained=0 spent=0  # complete runs take a few seconds, and do not count
 for i in "${!runs[@]}"; do
-  [ $trained = 0 ] || left=", perhaps $((spent * (${#runs[@]} - i) / trained / 60)) min left"
+  [ $trained = 0 ] || left=", perhaps $((spent * todo / trained / 60)) min left"
   began=$SECONDS
   echo "== $((i + 1)) of ${#runs[@]}, $((SECONDS / 60)) min so far$left. ${titles[i]}: ${runs[i]}"
   read -r -a flags <<< "${runs[i]}"
   python train.py "${flags[@]}" "$@" &
   wait $!
   status=$? took=$((SECONDS - began))
-  [ $took -lt 10 ] || spent=$((spent + took)) trained=$((trained + 1))
+  [ $took -lt 10 ] || spent=$((spent + took)) trained=$((trained + images[i]))
+  todo=$((todo - images[i]))
   case $status in
     0) ;;
     2 | 127) exit $status ;;  # a bad flag or no python: every row would fail alike

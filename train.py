@@ -6,8 +6,8 @@
     python train.py --eval logs/NAME.pt            # test accuracy of saved weights, by class
 
 Writes LOGS/NAME.csv and LOGS/NAME.pt, and while it runs LOGS/NAME.ckpt; NAME is the settings. Stop
-it however you like: the same command continues from the checkpoint, a minute or a row of the log
-back, and ends with the files of an undisturbed run. A complete run is not trained again.
+it however you like: the same command continues from the last checkpoint, which is about a minute or
+a row of the log old, and ends with the files of an undisturbed run. A complete run is not repeated.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}{nearest(parser, message)} (--help)", 2)
     add = parser.add_argument
-    add("--optimizer", choices=("sgd", "adam", "adagrad", "asgd"), default="sgd")
+    add("--optimizer", choices="sgd adam adagrad asgd".split(), default="sgd", help="(%(default)s)")
     add("--lr", type=float, default=0.3, help="learning rate at the start (%(default)s)")
     add("--bs", type=int, default=128, help="batch size (%(default)s)")
     add("--step", type=int, default=8000, help="iterations between two decays (%(default)s)")
@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def nearest(parser: argparse.ArgumentParser, message: str) -> str:
     """For an unknown flag, the known flag whose name or help has a similar word."""
     unknown = re.match("unrecognized arguments: --([^ =]+)", message)
-    lines = [line.split() for line in parser.format_help().splitlines() if line[:4] == "  --"]
+    lines = [f"{action.option_strings[-1]} {action.help}".split() for action in parser._actions]
     flags = {word.strip("-(,;:)"): line[0] for line in reversed(lines) for word in line}
     near = difflib.get_close_matches(unknown[1] if unknown else "", flags, 1, 0.65)
     return f"; did you mean {flags[near[0]]}?" if near else ""
@@ -221,7 +221,7 @@ def evaluate(model: ResNet, split: data.Split, precision: str) -> Tensor:
 def save(path: Path, **content) -> None:
     """torch.save that no kill and no full disk tears: the old file stays until the new is whole."""
     buffer, new = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save(content, buffer)  # by way of memory: it raises no OSError on a full disk
+    torch.save(content, buffer)  # straight to a file, a full disk would raise no OSError
     new.write_bytes(buffer.getbuffer())
     os.replace(new, path)
 
