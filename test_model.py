@@ -597,7 +597,8 @@ def test_failing_row_stops_the_others_only_if_all_would_fail(stub, tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[:-1] == [f"train.py {flags} --seed 1 --logs=x" for flags in commands("")]
     assert calls[-1] == "report.py --logs=x"
-    assert "Report 88.51 % in Table 4 and Table 5: --optimizer sgd --lr 0.1" in result.stdout
+    shared = "Report 88.51 % in Table 4 and Table 5: --optimizer sgd --lr 0.1 --bs 64"
+    assert shared in result.stdout
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert re.match(r"run_all\.sh: failed, exit 3: .*--bs 32", result.stderr)
     assert script("run_all.sh", "5", **stub, DO="exit 2").returncode == 2
