@@ -152,6 +152,8 @@ def main() -> None:
         split, _ = data.load(args.data, device)
     except data.DataError as error:
         sys.exit(f"bench.py: {error}")
+    if max(args.bs) > len(split.labels):
+        sys.exit(f"bench.py: {len(split.labels):,} images are too few for --bs {max(args.bs)}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     flop = flop_per_image()
     print(f"{machine}, torch {torch.__version__}, {args.precision}, {args.workers} workers")

@@ -791,12 +791,13 @@ def test_damaged_logs(tmp_path):
     assert "- `folder.csv`: [Errno 21] Is a directory" in page(tmp_path)
 
 
-@pytest.mark.parametrize("args, code", [
-    (["--log", "x"], 2), (["x"], 2), (["--figures"], 2), (["--logs", "missing"], 1)])  # fmt: skip
-def test_report_errors(args, code):
-    result = script("report.py", *args)
+@pytest.mark.parametrize("name, flags, code", [
+    ("report", "--log x", 2), ("report", "x", 2), ("report", "--figures", 2), ("bench", "x", 2),
+    ("report", "--logs missing", 1), ("bench", "--data synthetic --bs 4 1001", 1)])  # fmt: skip
+def test_errors_of_report_and_bench(name, flags, code):
+    result = script(f"{name}.py", *flags.split())
     assert result.returncode == code and not result.stdout
-    assert re.fullmatch(rf"report\.py: .*{args[-1]}.*\n", result.stderr)
+    assert re.fullmatch(rf"{name}\.py: .*{flags.split()[-1]}.*\n", result.stderr)
 
 
 def test_readme_is_rewritten_also_when_head_has_read_enough(tmp_path):
