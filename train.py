@@ -291,7 +291,7 @@ def open_device(name: str | None, precision: str) -> torch.device:
         except RuntimeError as error:  # PyTorch names the driver and the ways out
             fail(f"CUDA does not start: {error} Or use --device cpu.")
         if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
-            fail("bf16 needs a GPU of compute capability 8.0 or more; use --precision tf32")
+            fail("bf16 needs compute capability 8.0 or more: use --precision tf32 or --device cpu")
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
