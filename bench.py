@@ -1,20 +1,25 @@
 """Time a training step of this code beside the loop that most CIFAR-10 code uses.
 
-    python bench.py                              # a GPU: batches 32 to 256, tf32
-    python bench.py --precision bf16             # this code in bf16 beside the same usual loop
-    python bench.py --bs 32 --steps 2 --rounds 5 # a CPU
+    python bench.py
+    python bench.py --precision bf16 --compile
+    python bench.py --bs 32 --steps 2 --rounds 5
 
-Both train the same network on the same data in one process, turn by turn, and each step makes its
-batch, runs forward and backward, updates the weights and keeps the loss. The usual loop is a
+The first is for a GPU: batches 32 to 256, tf32. The second times this code in bf16 beside the same
+usual loop, and with the network compiled as well. The third takes a few minutes on a CPU.
+
+Both loops train the same network on the same data in one process, turn by turn, and each step makes
+its batch, runs forward and backward, updates the weights and keeps the loss. The usual loop is a
 DataLoader whose workers run torchvision's transforms, NCHW, eager, loss.item() after every step.
-Start-up, compilation and the first batches are left out. A turn is timed from synchronisation to
-synchronisation; given are the median over turns and half the distance between their quartiles.
+Start-up, compilation and the first batches are left out, and their seconds told on stderr. A turn
+is timed from synchronisation to synchronisation; given are the median over turns and half the
+distance between their quartiles.
 """
 
 import argparse
 import csv
 import itertools
 import os
+import signal
 import statistics
 import sys
 import time
@@ -49,12 +54,12 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-def usual_step(split: data.Split, config: dict, device: torch.device, workers: int):
+def usual_step(split: data.Split, bs: int, device: torch.device, workers: int):
     """A function that trains one iteration the usual way."""
     model = ResNet().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), config["lr0"], momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
     loader = DataLoader(
-        Pictures(split), config["bs"], shuffle=True, drop_last=True, num_workers=workers,
+        Pictures(split), bs, shuffle=True, drop_last=True, num_workers=workers,
         persistent_workers=workers > 0, pin_memory=device.type == "cuda",
     )  # fmt: skip
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
@@ -71,15 +76,15 @@ def usual_step(split: data.Split, config: dict, device: torch.device, workers: i
     return step
 
 
-def our_step(split: data.Split, config: dict, device: torch.device, how: str):
-    """A function that trains one iteration as train.py does: plain, recorded or compiled."""
-    model, optimizer = train.build(config, device)
+def our_step(split: data.Split, flags: list[str], device: torch.device):
+    """A function that trains one iteration as train.py does with these flags."""
+    args = train.parse_args(flags)
+    model = ResNet().to(device, memory_format=data.layout(device))
+    train_batch = train.make_train_batch(args, model, train.make_optimizer(args, model), split)
+    batches = data.batches(split, args.bs, args.seed)
+    full = (batch for batch in batches if batch.shape[1] == args.bs)
     loss_sum = torch.zeros((), device=device)
-    step = train.make_step(config, model, optimizer, split, loss_sum, how)
-    full = len(split.labels) // config["bs"] * config["bs"]
-    epochs = (data.epoch_plan(split, 0, epoch)[:, :full] for epoch in itertools.count())
-    batches = itertools.chain.from_iterable(plan.split(config["bs"], dim=1) for plan in epochs)
-    return lambda: step(next(batches))
+    return lambda: loss_sum.add_(train_batch(next(full)))
 
 
 def synchronize(device: torch.device) -> None:
@@ -92,8 +97,6 @@ def time_turns(steps: dict, device: torch.device, rounds: int, count: int) -> di
     seconds = {name: [] for name in steps}
     for turn in range(-1, rounds):  # the first turn warms up
         for name, step in steps.items():
-            for _ in range(5 if turn < 0 else 0):
-                step()
             synchronize(device)
             began = time.perf_counter()
             for _ in range(count):
@@ -111,18 +114,13 @@ def flop_per_image() -> float:
     return counter.get_total_flops() / 2
 
 
-def start(name: str, step, device: torch.device) -> bool:
-    """Run what is no replay yet: three plain iterations and the recording; whether they worked."""
+def start(name: str, step, device: torch.device) -> None:
+    """Run a function's first five steps: three plain iterations, a recording, a replay."""
     began = time.perf_counter()
-    try:
-        for _ in range(4):
-            step()
-    except train.RecordingFailed as error:
-        print(f"bench.py: without {name} ({error})", file=sys.stderr)
-        return False
+    for _ in range(5):
+        step()
     synchronize(device)
     print(f"{name}: {time.perf_counter() - began:.1f} s to start", file=sys.stderr)
-    return True
 
 
 def parse_args() -> argparse.Namespace:
@@ -130,43 +128,44 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (--help)\n")
     workers = min(8, os.cpu_count())
-    parser.add_argument("--bs", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--steps", type=int, default=50, help="steps in a turn (50)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each (10)")
-    parser.add_argument("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
-    parser.add_argument("--csv", type=Path, help="file to write the figures to as well")
-    parser.add_argument("--data", default="./data", help="folder with CIFAR-10, or `synthetic`")
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32")
+    add, path = parser.add_argument, os.path.expanduser
+    add("--bs", type=int, nargs="+", default=[32, 64, 128, 256])
+    add("--steps", type=int, default=50, help="steps in a turn (50)")
+    add("--rounds", type=int, default=10, help="turns of each (10)")
+    add("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
+    add("--compile", action="store_true", help="CUDA: time the compiled network, too")
+    add("--csv", type=path, help="file to write the figures to as well")
+    add("--data", type=path, default="./data", help="folder with CIFAR-10, or `synthetic`")
+    add("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32")
     args = parser.parse_args()
     if min(*args.bs, args.steps, args.rounds, args.workers + 1) < 1:
         parser.error("--bs, --steps and --rounds must be 1 or more, --workers 0 or more")
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def measure(args: argparse.Namespace, writer) -> None:
+    """Print a row of a Markdown table for each batch size and code; the csv writer gets it, too."""
     device = train.open_device(args.device, args.precision)
-    ways = ("plain", "recorded", "compiled") if device.type == "cuda" else ("plain",)
-    try:
-        split, _ = data.load(args.data, device)
-    except data.DataError as error:
-        sys.exit(f"bench.py: {error}")
+    ways = {"this code": ["--no-graph"]}
+    if device.type == "cuda":
+        ways["this code, recorded"] = []
+    if device.type == "cuda" and args.compile:
+        ways["this code, compiled"] = ["--compile"]
+    split, _ = data.load(args.data, device)
     if max(args.bs) > len(split.labels):
         sys.exit(f"bench.py: {len(split.labels):,} images are too few for --bs {max(args.bs)}")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    flop = flop_per_image()
+    machine, flop = train.device_name(device), flop_per_image()
     print(f"{machine}, torch {torch.__version__}, {args.precision}, {args.workers} workers")
     print("\n| batch | code | ms a step | images/s | TFLOP/s | ratio |\n|--:|---|--:|--:|--:|--:|")
-    rows = []
     for bs in args.bs:
-        config = train.settings(train.parse_args(["--bs", str(bs), "--precision", args.precision]))
-        steps = {"usual loop": usual_step(split, config, device, args.workers)}
-        for way in ways:
-            name = "this code" if way == "plain" else f"this code, {way}"
-            step = our_step(split, config, device, way)
-            if start(f"batch {bs}, {name}", step, device):
-                steps[name] = step
+        torch.compiler.reset()  # it compiles a network for eight batch sizes, and no more
+        steps = {"usual loop": usual_step(split, bs, device, args.workers)}
+        for name, flags in ways.items():
+            flags = ["--bs", str(bs), "--precision", args.precision, *flags]
+            steps[name] = our_step(split, flags, device)
+        for name, step in steps.items():
+            start(f"batch {bs}, {name}", step, device)
         turns = time_turns(steps, device, args.rounds, args.steps)
         medians = {name: statistics.median(turn) for name, turn in turns.items()}
         for name, seconds in medians.items():
@@ -176,12 +175,24 @@ def main() -> None:
             tflops = f"{bs / seconds * flop / 1e12:.2f}"
             print(f"| {bs} | {name} | {ms} ± {spread} | {rate} | {tflops} | {ratio} |", flush=True)
             setting = [machine, torch.__version__, args.precision, bs, args.rounds, args.steps]
-            rows.append([*setting, name, ms, spread, rate, tflops, ratio])
-    if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        header = "device torch precision bs rounds steps code ms spread images_per_s tflops ratio"
-        with open(args.csv, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header.split(), *rows])
+            writer.writerow([*setting, name, ms, spread, rate, tflops, ratio])
+
+
+def main() -> None:
+    args = parse_args()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
+    sys.stdout.reconfigure(encoding="utf-8")  # for the ±
+    header = "device torch precision bs rounds steps code ms spread images_per_s tflops ratio"
+    try:
+        if args.csv:
+            Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+        with open(args.csv or os.devnull, "w", newline="", buffering=1) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header.split())
+            measure(args, writer)
+    except (data.DataError, OSError) as error:
+        sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ batch on every device, and a resumed run needs no generator's state.
 """
 
 import argparse
-import difflib
+import itertools
+import math
 import os
+import signal
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +32,7 @@ class DataError(Exception):
 
 
 class Split(NamedTuple):
-    """images: uint8 [n, 3, 32, 32], stored channels last; labels: int64 [n] in 0..9"""
+    """images: uint8 [n, 3, 32, 32]; labels: int64 [n] in 0..9"""
 
     images: Tensor
     labels: Tensor
@@ -42,38 +45,56 @@ def load(where: str, device: torch.device) -> tuple[Split, Split]:
     Raises DataError.
     """
     splits = synthetic() if where == "synthetic" else cifar10(Path(where))
-    return tuple(
-        Split(images.to(device, memory_format=torch.channels_last), labels.to(device))
-        for images, labels in splits
-    )
+    return tuple(Split(images.to(device), labels.to(device)) for images, labels in splits)
 
 
 def cifar10(root: Path) -> list[Split]:
     """The 50,000 training and 10,000 test images, checked, and fetched first if not there."""
     from torchvision.datasets import CIFAR10  # 1.5 s that synthetic data need not wait for
+    from torchvision.datasets.utils import check_integrity
 
-    folder = root / CIFAR10.base_folder
-    if root.name == folder.name:
-        raise DataError(f"--data is the folder that holds {root.name}: use --data {root.parent}")
-    if not root.exists() and difflib.get_close_matches(root.name, ["synthetic"]):
-        raise DataError(f"there is no folder {root}; did you mean --data synthetic?")
-    problem = f"no CIFAR-10 in {root}, and the download failed: unpack {CIFAR10.url} there"
+    class Batches(CIFAR10):
+        base_folder = ""  # the files lie in the folder that it is given
+
+    unpacked = root / CIFAR10.base_folder
+    # The files may lie loose in `root`, or one folder deeper, where some unpackers put them.
+    places = (unpacked, unpacked / CIFAR10.base_folder, root)
     try:
+        folder = next((place for place in places if (place / "data_batch_1").exists()), unpacked)
         if not folder.exists():
-            # By way of a folder of its own, so that the data are there whole or not at all.
-            place = root if root.exists() else root.parent
-            with tempfile.TemporaryDirectory(prefix="cifar-10-download-", dir=place) as new:
-                CIFAR10(new, download=True)
-                root.mkdir(exist_ok=True)
-                os.replace(Path(new, folder.name), folder)
-        problem = f"cannot read {folder}: delete it and start again to fetch it anew"
-        sets = [CIFAR10(str(root), train) for train in (True, False)]
-    except Exception as error:  # whatever a network, an archive or a file system may raise
-        reason = error if isinstance(error, OSError) else "its checksums are wrong"
-        raise DataError(f"{problem}, or try --data synthetic ({reason})") from error
+            fetch(root)
+        os.listdir(folder)  # a folder that may not be read would pass for an empty one
+        sets = [Batches(str(folder), train) for train in (True, False)]
+    except OSError as error:
+        raise DataError(f"cannot read or write CIFAR-10: {error}") from error
+    except RuntimeError as error:  # torchvision does not say which files
+        meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
+        files = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
+        bad = ", ".join(name for name, md5 in files if not check_integrity(folder / name, md5))
+        raise DataError(f"missing or damaged in {folder}: {bad}; put the original there") from error
     return [
         Split(torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets
     ]
+
+
+def fetch(root: Path) -> None:
+    """Unpack the official archive in `root`, all or nothing; download it if it is not there."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    parent = root if root.exists() else root.parent
+    with tempfile.TemporaryDirectory(prefix="cifar-10-download-", dir=parent) as new:
+        archive = root / CIFAR10.filename
+        try:
+            folder = root if archive.exists() else new
+            download_and_extract_archive(CIFAR10.url, folder, new, md5=CIFAR10.tgz_md5)
+        except Exception as error:  # whatever a network or an archive may raise
+            raise DataError(
+                f"no CIFAR-10 in {root}, and its download failed ({error}): put {CIFAR10.url} "
+                f"into {root}, or try --data synthetic"
+            ) from error
+        root.mkdir(exist_ok=True)
+        os.replace(Path(new, CIFAR10.base_folder), root / CIFAR10.base_folder)
 
 
 def synthetic() -> list[Split]:
@@ -88,12 +109,6 @@ def synthetic() -> list[Split]:
         images = (255 * (clean + 0.2 * noise)).clamp(0, 255).to(torch.uint8)
         splits.append(Split(images, labels))
     return splits
-
-
-def crop_windows(images: Tensor) -> Tensor:
-    """Every 32x32 crop of the zero-padded images, as a view: uint8 [n, 9, 9, 3, 32, 32]."""
-    padded = F.pad(images, [PADDING] * 4).contiguous(memory_format=torch.channels_last)
-    return padded.unfold(2, 32, 1).unfold(3, 32, 1).permute(0, 2, 3, 1, 4, 5)
 
 
 def epoch_plan(split: Split, seed: int, epoch: int) -> Tensor:
@@ -113,21 +128,45 @@ def epoch_plan(split: Split, seed: int, epoch: int) -> Tensor:
     return plan.to(device)
 
 
+def batches(split: Split, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """The plans of iterations start, start + 1, ...: int64 [4, b].
+
+    An epoch's last batch may be short. Iteration t has the same batch wherever a run starts.
+    """
+    per_epoch = math.ceil(len(split.labels) / batch_size)
+    for epoch in itertools.count(start // per_epoch):
+        plans = epoch_plan(split, seed, epoch).split(batch_size, dim=1)
+        yield from plans[max(0, start - epoch * per_epoch) :]
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """How images and weights lie in memory: channels last where that is known to be faster."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def scale(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 0..1, to the bit what torchvision's ToTensor gives."""
+    images = images.to(torch.float32, memory_format=layout(images.device))
     # CUDA divides by a number through its reciprocal, one bit off; by a tensor it divides.
-    return images.float() / torch.full((), 255.0, device=images.device)
+    return images / torch.full((), 255.0, device=images.device)
 
 
-def augment(windows: Tensor, plan: Tensor) -> Tensor:
-    """A batch, cropped, flipped and scaled: float32 [b, 3, 32, 32], stored channels last.
+def pad(images: Tensor) -> Tensor:
+    """Zeros around each image, and its channels last: uint8 [n, 3, 32, 32] -> [n, 40, 40, 3]"""
+    return F.pad(images, [PADDING] * 4).permute(0, 2, 3, 1).contiguous()
 
-    `windows` is what crop_windows gives, `plan` some columns of epoch_plan's, int64 [4, b].
+
+def augment(padded: Tensor, plan: Tensor) -> Tensor:
+    """A batch, cropped, flipped and scaled: float32 [b, 3, 32, 32].
+
+    `padded` is what pad gives, `plan` some columns of epoch_plan's, int64 [4, b].
     """
-    index, top, left, flip = plan
-    images = windows[index, top, left]
-    images = torch.where(flip.bool()[:, None, None, None], images.flip(3), images)
-    return scale(images)
+    index, top, left, flip = plan[:, :, None]  # each [b, 1]
+    pixels = torch.arange(32, device=plan.device)
+    rows = top + pixels  # [b, 32]
+    columns = left + torch.where(flip == 1, 31 - pixels, pixels)  # a flip reads them backwards
+    images = padded[index[:, :, None], rows[:, :, None], columns[:, None, :]]  # [b, 32, 32, 3]
+    return scale(images.permute(0, 3, 1, 2))
 
 
 def main() -> None:
@@ -136,15 +175,18 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"data.py: {message} (--help)\n")
-    parser.add_argument("--data", default="./data", help="folder of CIFAR-10, or `synthetic`")
-    parser.add_argument("--out", default="figure1.png", help="the picture to write")
+    add, path = parser.add_argument, os.path.expanduser
+    add("--data", type=path, default="./data", help="folder of CIFAR-10, or `synthetic`")
+    add("--out", type=path, default="figure1.png", help="the picture to write")
     args = parser.parse_args()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
     try:
         train, _ = load(args.data, torch.device("cpu"))
         columns = [(train.labels == label).nonzero()[:4, 0] for label in range(10)]
         plan = epoch_plan(train, seed=0, epoch=0)[:, :40]
         plan[0] = torch.stack(columns, dim=1).flatten()  # in label order instead of a random one
-        before, after = scale(train.images[plan[0]]), augment(crop_windows(train.images), plan)
+        before, after = scale(train.images[plan[0]]), augment(pad(train.images), plan)
         grid = torch.cat([make_grid(half, nrow=10, pad_value=1) for half in (before, after)], dim=1)
         save_image(F.interpolate(grid[None], scale_factor=2), args.out)
     except (DataError, OSError, ValueError) as error:  # ValueError: --out has no picture's ending

@@ -8,12 +8,13 @@
 #   bash run_all.sh --list [TABLE...]      print the commands of the runs, train nothing
 #   bash run_all.sh 4 -- --seed 1          what follows -- goes to every train.py
 #
-# Stop it however you like and start it again: it skips what is complete and continues the rest.
-# Paths are relative to this script's folder. Exit: 0 all trained, 1 a row failed, 2 usage.
+# Stop it with Ctrl-C and start it again: it skips what is complete and continues the rest. (kill -9
+# of this script alone leaves its run alive.) Paths are relative to this script's folder.
+# Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no python or no PyTorch.
 
-# The rows; report.py reads them from here.
+# The rows, with the report's accuracy in percent; report.py reads them from here.
 rows='
-# table    report, %  optimizer  lr   bs   step   iters
+# table    accuracy  optimizer  lr   bs   step   iters
 4          60.47      adam       0.1  64   5000   32000
 4          88.51      sgd        0.1  64   5000   32000
 4          84.90      adagrad    0.1  64   5000   32000
@@ -46,12 +47,12 @@ while [ $# -gt 0 ]; do
   esac
   [[ $n =~ ^[1-9][0-9]{0,3}$ && $((1000 % n)) = 0 ]] || {
     echo "run_all.sh: '$1'? usage: bash run_all.sh [4|5|6|7|extended ...] [--list]" \
-      "[--shorten N, a divisor of 1000] [-- FLAGS of train.py]" >&2
+      "[--shorten N, a divisor of 1000] [-- FLAGS of train.py, such as -- --seed 1]" >&2
     exit 2; }
   shift
 done
 
-runs=() titles=() images=() todo=0  # of each run; one that tables share stands here once
+runs=() titles=()  # of each different run; one that tables share stands here once
 while read -r table accuracy optimizer lr bs step iters; do
   [[ " ${tables:-4 5 6 7} " == *" $table "* && $iters ]] || continue
   flags="--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))"
@@ -59,8 +60,7 @@ while read -r table accuracy optimizer lr bs step iters; do
   for i in "${!runs[@]}"; do
     [ "${runs[i]}" != "$flags" ] || { titles[i]="${titles[i]} and Table $table"; continue 2; }
   done
-  runs+=("$flags") titles+=("Report $accuracy % in Table $table") images+=($((bs * iters)))
-  todo=$((todo + bs * iters))
+  runs+=("$flags") titles+=("$accuracy % in Table $table")
 done <<< "$rows"
 
 if [ "$list" ]; then
@@ -70,34 +70,28 @@ if [ "$list" ]; then
   exit
 fi
 
-# In the background, as bash heeds a signal to itself only between commands or in `wait`.
-trap 'kill $! 2> /dev/null; exit 130' INT
-trap 'kill $! 2> /dev/null; exit 143' TERM
-failed='' left='' trained=0 spent=0  # complete runs take a few seconds, and do not count
+python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || {
+  echo "run_all.sh: no python with PyTorch here; activate the environment" \
+    "(source .venv/bin/activate) and start again" >&2
+  exit 127; }
+
+failed=''
 for i in "${!runs[@]}"; do
-  [ $trained = 0 ] || left=", perhaps $((spent * todo / trained / 60)) min left"
-  began=$SECONDS
-  echo "== $((i + 1)) of ${#runs[@]}, $((SECONDS / 60)) min so far$left. ${titles[i]}: ${runs[i]}"
+  echo "== Run $((i + 1)) of ${#runs[@]}, $((SECONDS / 60)) min so far; the report has ${titles[i]}"
   read -r -a flags <<< "${runs[i]}"
-  python train.py "${flags[@]}" "$@" &
-  wait $!
-  status=$? took=$((SECONDS - began))
-  [ $took -lt 10 ] || spent=$((spent + took)) trained=$((trained + images[i]))
-  todo=$((todo - images[i]))
-  case $status in
-    0) ;;
-    2 | 127) exit $status ;;  # a bad flag or no python: every row would fail alike
-    *) failed="${failed}run_all.sh: failed, exit $status: ${runs[i]}"$'\n' ;;
-  esac
+  python train.py "${flags[@]}" "$@"
+  status=$?
+  [ $status != 2 ] || exit 2  # a bad flag: every row would fail alike
+  [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: ${runs[i]}"$'\n'
 done
 
-report=(python report.py)  # it looks where train.py wrote
+logs=logs  # where train.py wrote them
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
-    --logs) report+=(--logs "${@:i+1:1}") ;;
-    --logs=*) report+=("${!i}") ;;
+    --logs) logs=${*:i+1:1} ;;
+    --logs=*) logs=${!i#--logs=} ;;
   esac
 done
-"${report[@]}" || failed="${failed}run_all.sh: report.py failed"$'\n'
+python report.py --logs "$logs" || failed="${failed}run_all.sh: report.py failed"$'\n'
 printf '%s' "$failed" >&2
 [ -z "$failed" ]

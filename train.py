@@ -1,28 +1,28 @@
 """Train the report's ResNet on CIFAR-10: one configuration, one CSV log, one file of weights.
 
-    python train.py                                # Table 8: SGD, lr 0.3, batch 128, step 8000
-    python train.py --lr 0.1 --bs 64 --step 5000   # the SGD row of Tables 4 and 5
-    python train.py --data synthetic --lr 0.003 --bs 16 --iters 100   # a try: no data, no GPU
-    python train.py --eval logs/NAME.pt            # test accuracy of saved weights, by class
+    python train.py
+    python train.py --lr 0.1 --bs 64 --step 5000
+    python train.py --data synthetic --lr 0.003 --bs 16 --iters 100 --log-every 10
+    python train.py --eval logs/NAME.pt
 
-Writes LOGS/NAME.csv and LOGS/NAME.pt, and while it runs LOGS/NAME.ckpt; NAME is the settings. Stop
-it however you like: the same command continues from the last checkpoint, which is about a minute or
-a row of the log old, and ends with the files of an undisturbed run. A complete run is not repeated.
+The first is Table 8, the report's best row; the second is the SGD row of Tables 4 and 5; the third
+is a try without data set and GPU; the fourth tests saved weights, overall and by class.
+
+Writes LOGS/NAME.csv, the log, LOGS/NAME.pt, the final weights, and about once a minute
+LOGS/NAME.ckpt, the checkpoint; NAME is the settings. Stop it in any way: the same command continues
+from the checkpoint and ends with the log and the weights of an undisturbed run. A complete run is
+not repeated. Exit status: 0 done, 1 an error, 2 a bad flag, 3 the loss is no longer finite.
 """
 
 import argparse
-import difflib
-import gc
+import copy
 import io
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, optim
 import data
 from model import ResNet, count_parameters
 
-# The settings decide the result: they stand in every row of the log and make the run's name.
+# The settings decide the result: they stand in every line of the log and make the run's name.
 SETTINGS = "optimizer lr0 bs step gamma momentum betas wd iters seed data precision".split()
 COLUMNS = [*SETTINGS, *"device torch iteration lr loss test_acc seconds".split()]
 
@@ -43,17 +43,14 @@ def fail(message: str, status: int = 1):
     sys.exit(status)
 
 
-# ---- settings ------------------------------------------------------------------------------------
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; defaults are the report's best row (Tables 3 and 8)."""
-    raw = argparse.RawDescriptionHelpFormatter
+    raw, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}{nearest(parser, message)} (--help)", 2)
+    parser.error = lambda message: fail(f"{message} (--help)", 2)
     add = parser.add_argument
     add("--optimizer", choices="sgd adam adagrad asgd".split(), default="sgd", help="(%(default)s)")
-    add("--lr", type=float, default=0.3, help="learning rate at the start (%(default)s)")
+    add("--lr", type=float, default=0.3, dest="lr0", help="first learning rate (%(default)s)")
     add("--bs", type=int, default=128, help="batch size (%(default)s)")
     add("--step", type=int, default=8000, help="iterations between two decays (%(default)s)")
     add("--gamma", type=float, default=0.2, help="factor of each decay (%(default)s)")
@@ -62,39 +59,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wd", type=float, default=1e-4, help="weight decay, added to the gradient (%(default)s)")
     add("--iters", type=int, default=32000, help="iterations, not epochs (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, crops and flips (%(default)s)")
-    add("--data", default="./data", help="folder with CIFAR-10, or `synthetic` (%(default)s)")
-    add("--logs", type=Path, default=Path("logs"), help="folder for the files (./%(default)s)")
+    add("--data", type=path, default="./data", help="its folder, or `synthetic` (%(default)s)")
+    add("--logs", type=path, default="logs", help="folder for the files (./%(default)s)")
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these found")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
         help="of convolutions on CUDA; bf16: autocast anywhere (%(default)s)")  # fmt: skip
-    add("--compile", action="store_true", help="CUDA: compile the network, then record it")
-    add("--log-every", type=int, default=100, help="iterations between rows (%(default)s)")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--compile", action="store_true", help="CUDA: compile the network first")
+    one.add_argument("--no-graph", action="store_true", help="CUDA: plain PyTorch, record nothing")
+    add("--log-every", type=int, default=100, help="iterations between lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="iterations between evaluations (%(default)s)")
     add("--ckpt-every", type=float, default=60, help="seconds between checkpoints (%(default)s)")
-    add("--eval", type=Path, metavar="FILE", help="test the weights in FILE, train nothing")
+    add("--eval", type=path, metavar="FILE", help="test the weights in FILE, train nothing")
     args = parser.parse_args(argv)
-    for flags, low, high in (("bs step iters log-every eval-every", 1, 10**9), ("betas", 0, 0.9999),
-                             ("lr wd ckpt-every", 0, 10**9), ("gamma momentum", 0, 1),
-                             ("seed", 0, 2**32 - 1)):  # fmt: skip
-        for flag in flags.split():
-            value = getattr(args, flag.replace("-", "_"))
-            if not all(low <= v <= high for v in (value if flag == "betas" else [value])):
-                parser.error(f"--{flag} must be from {low:,} to {high:,}, not {value}")  # or nan
+    if min(args.bs, args.step, args.iters, args.log_every, args.eval_every) < 1:
+        parser.error("--bs, --step, --iters, --log-every and --eval-every must be 1 or more")
+    if not all(0 <= value < math.inf for value in (args.lr0, args.gamma, args.wd, args.ckpt_every)):
+        parser.error("--lr, --gamma, --wd and --ckpt-every must be 0 or more")
+    if not all(0 <= value < 1 for value in (args.momentum, *args.betas)):
+        parser.error("--momentum and --betas must be from 0 to below 1")
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed must be from 0 to 4294967295")
     return args
 
 
-def nearest(parser: argparse.ArgumentParser, message: str) -> str:
-    """For an unknown flag, the known flag whose name or help has a similar word."""
-    unknown = re.match("unrecognized arguments: --([^ =]+)", message)
-    lines = [f"{action.option_strings[-1]} {action.help}".split() for action in parser._actions]
-    flags = {word.strip("-(,;:)"): line[0] for line in reversed(lines) for word in line}
-    near = difflib.get_close_matches(unknown[1] if unknown else "", flags, 1, 0.65)
-    return f"; did you mean {flags[near[0]]}?" if near else ""
-
-
 def settings(args: argparse.Namespace) -> dict:
-    """What decides the result, by column; "" where the optimizer has no such setting."""
-    config = {name: getattr(args, "lr" if name == "lr0" else name) for name in SETTINGS}
+    """SETTINGS with their values; "" where the optimizer has no such setting."""
+    config = {name: vars(args)[name] for name in SETTINGS}
     config["momentum"] = args.momentum if args.optimizer == "sgd" else ""
     config["betas"] = "{} {}".format(*args.betas) if args.optimizer == "adam" else ""
     config["data"] = "synthetic" if args.data == "synthetic" else "cifar10"
@@ -103,182 +94,194 @@ def settings(args: argparse.Namespace) -> dict:
 
 def run_name(config: dict) -> str:
     """NAME: sgd_lr0.3_bs128_step8000_seed0, with every other setting that is not the default."""
-    default = settings(parse_args(["--optimizer", config["optimizer"]]))
-    parts = ["{optimizer}_lr{lr0}_bs{bs}_step{step}".format(**config)]
-    for key in ("gamma", "momentum", "betas", "wd", "iters", "data", "precision"):
-        if config[key] != default[key]:
-            parts.append(f"{key}{config[key]}".removeprefix("data").removeprefix("precision"))
-    return "_".join([*parts, f"seed{config['seed']}"]).replace(" ", "-")
+    default = {"gamma": 0.2, "momentum": 0.9, "betas": "0.7 0.7", "wd": 1e-4, "iters": 32000,
+               "data": "cifar10", "precision": "tf32"}  # fmt: skip
+    name = "{optimizer}_lr{lr0}_bs{bs}_step{step}".format(**config)
+    for key, value in default.items():
+        if config[key] not in (value, ""):
+            name += f"_{config[key]}" if key in ("data", "precision") else f"_{key}{config[key]}"
+    return f"{name}_seed{config['seed']}".replace(" ", "-")
 
 
 # ---- one iteration -------------------------------------------------------------------------------
+def make_optimizer(args: argparse.Namespace, model: ResNet) -> optim.Optimizer:
+    """The optimizer with the report's settings; it adds the weight decay to the gradient."""
+    cuda = model.linear.weight.is_cuda  # a graph needs `capturable`
+    common = {"params": model.parameters(), "lr": args.lr0, "weight_decay": args.wd}
+    if args.optimizer == "sgd":
+        return optim.SGD(momentum=args.momentum, fused=cuda or None, **common)
+    if args.optimizer == "adam":
+        return optim.Adam(betas=args.betas, fused=cuda or None, capturable=cuda, **common)
+    if args.optimizer == "adagrad":
+        return optim.Adagrad(**common)
+    # Averaged SGD, though the report calls it "accelerated"; it averages from step t0 on.
+    return optim.ASGD(lambd=1e-4, alpha=0.75, t0=1e6, capturable=cuda, **common)
 
 
-def build(config: dict, device: torch.device) -> tuple[ResNet, optim.Optimizer]:
-    """The seed's network, and its optimizer, which adds the weight decay to the gradient."""
-    torch.manual_seed(config["seed"])
-    model = ResNet().to(device, memory_format=torch.channels_last)
-    params, cuda = model.parameters(), device.type == "cuda"  # the graph needs `capturable`
-    common = {"lr": config["lr0"], "weight_decay": config["wd"]}
-    if config["optimizer"] == "sgd":
-        optimizer = optim.SGD(params, momentum=config["momentum"], fused=cuda or None, **common)
-    elif config["optimizer"] == "adam":
-        betas = tuple(map(float, config["betas"].split()))
-        optimizer = optim.Adam(params, betas=betas, fused=cuda or None, capturable=cuda, **common)
-    elif config["optimizer"] == "adagrad":
-        optimizer = optim.Adagrad(params, **common)
-    else:  # averaged SGD, though the report calls it "accelerated"; it averages from step t0 on
-        optimizer = optim.ASGD(params, lambd=1e-4, alpha=0.75, t0=1e6, capturable=cuda, **common)
-    return model, optimizer
+def make_train_batch(args: argparse.Namespace, model: ResNet, optimizer, split: data.Split):
+    """The function that trains one iteration on images of `split`."""
+    padded, device = data.pad(split.images), split.labels.device
+    compiled = torch.compile(model, dynamic=False) if args.compile else model
 
-
-def make_step(config: dict, model, optimizer, split: data.Split, loss_sum: Tensor, how: str):
-    """A function that trains one iteration on the images of a plan, int64 [4, b].
-
-    It adds their mean loss to `loss_sum`, float32 [], without waiting for the device, and returns
-    the seconds that were no training but preparation. `how` is "plain" PyTorch, or on CUDA one
-    graph for the step of a full batch: "recorded", or with the network "compiled" before. An
-    epoch's last batch, where it is short, is not worth a graph of its own.
-    """
-    windows = data.crop_windows(split.images)
-
-    def step(network, plan: Tensor) -> float:
-        with torch.autocast(plan.device.type, torch.bfloat16, config["precision"] == "bf16"):
-            logits = network(data.augment(windows, plan))
-            loss = F.cross_entropy(logits, split.labels[plan[0]])
+    def train_batch(plan: Tensor) -> Tensor:
+        """Forward, loss, backward, update: plan, int64 [4, b] -> mean loss, float32 []"""
+        network = compiled if plan.shape[1] == args.bs else model  # an epoch's last may be short
+        images, labels = data.augment(padded, plan), split.labels[plan[0]]
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = F.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loss_sum.add_(loss.detach())
-        return 0.0
+        return loss.detach()
 
-    if how == "plain":
-        return lambda plan: step(model, plan)
-    network = torch.compile(model, dynamic=False) if how == "compiled" else model
-    graph = RecordedStep(lambda plan: step(network, plan), optimizer)
-    return lambda plan: graph(plan) if plan.shape[1] == config["bs"] else step(model, plan)
+    if device.type == "cuda" and not args.no_graph:
+        return RecordedBatch(train_batch, optimizer, args.bs)
+    return train_batch
 
 
-class RecordingFailed(Exception):
-    """The step cannot be compiled or recorded on this machine; the message says why."""
+class RecordedBatch:
+    """train_batch as a CUDA graph: its hundreds of kernels, recorded once, are launched as one.
 
-
-class RecordedStep:
-    """`step` recorded as a CUDA graph and replayed: one launch instead of hundreds.
-
-    The first three calls are plain iterations, in which the compiler, the libraries and the
-    optimizer allocate what a recording must find in place. The learning rate is a constant of the
-    recording, so each decay makes a new one. (Adagrad counts its steps on the host, where a replay
-    does not reach; only its lr_decay would need them, and that is 0.)
+    A recording computes nothing; a replay runs the same kernels on the same memory. So the plan is
+    copied to where the recording read it, the loss appears where it was written, and what was a
+    number in Python is a constant: each new learning rate needs a new recording. (Adagrad counts
+    its steps in Python, where no replay reaches; only its lr_decay, 0, would need them.)
     """
 
-    def __init__(self, step, optimizer: optim.Optimizer):
-        self.step, self.optimizer, self.warmup = step, optimizer, 3
-        self.lr = self.graph = self.plan = None
+    def __init__(self, train_batch, optimizer: optim.Optimizer, batch_size: int):
+        self.train_batch, self.optimizer, self.batch_size = train_batch, optimizer, batch_size
+        self.calls, self.recorded_lr = 0, None
+        torch.cuda.synchronize()  # so far all is in the default stream, which no graph can record
+        torch.cuda.set_stream(torch.cuda.Stream())
 
-    def __call__(self, plan: Tensor) -> float:
-        """Train one iteration; returns the seconds of preparation, 0 for a replay."""
+    def __call__(self, plan: Tensor) -> Tensor:
+        self.calls += 1  # the first three are plain: they allocate what a recording must find there
+        if self.calls <= 3 or plan.shape[1] < self.batch_size:
+            return self.train_batch(plan)
         lr = self.optimizer.param_groups[0]["lr"]
-        if lr == self.lr:
-            self.plan.copy_(plan)
-            self.graph.replay()
-            return 0.0
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        try:
-            if self.warmup:
-                self.warmup -= 1
-                self.step(plan)
-            else:
-                self.lr, self.plan, self.graph = lr, plan.clone(), torch.cuda.CUDAGraph()
+        if lr != self.recorded_lr:
+            self.recorded_lr, self.plan, self.graph = lr, plan.clone(), torch.cuda.CUDAGraph()
+            try:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                    self.step(self.plan)
-                self.graph.replay()
-        except Exception as error:  # a compiler or a library may raise anything
-            error = error.__context__ or error  # what ended the recording, if it was recording
-            line = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise RecordingFailed(line) from error
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
+                    self.loss = self.train_batch(self.plan)
+            except Exception as error:
+                first = error.__context__ or error  # leaving a broken recording raises once more
+                fail(f"the iteration cannot be recorded ({first}); use --no-graph")
+        self.plan.copy_(plan)
+        self.graph.replay()
+        return self.loss
 
 
 @torch.no_grad()
 def evaluate(model: ResNet, split: data.Split, precision: str) -> Tensor:
-    """Correct predictions by class, int64 [10], with the running batch-norm statistics."""
+    """Which images are classified rightly, by the running batch-norm statistics: bool [n], CPU."""
     model.eval()
-    correct = torch.zeros(10, dtype=torch.int64, device=split.labels.device)
+    right = []
     for images, labels in zip(split.images.split(1000), split.labels.split(1000)):
-        with torch.autocast(labels.device.type, torch.bfloat16, precision == "bf16"):
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(data.scale(images))
-        correct.index_add_(0, labels, (logits.argmax(1) == labels).long())
+        right.append(logits.argmax(1) == labels)
     model.train()
-    return correct
+    return torch.cat(right).cpu()
+
+
+def percent(right: Tensor) -> str:
+    """Accuracy of what `evaluate` gives."""
+    return f"{100 * right.double().mean():.2f}"
 
 
 # ---- files ---------------------------------------------------------------------------------------
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, would survive a power cut."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def save(path: Path, **content) -> None:
-    """torch.save that no kill and no full disk tears: the old file stays until the new is whole."""
+    """torch.save, but a kill, a full disk or a power cut leaves the old file or the new, whole."""
     buffer, new = io.BytesIO(), path.with_suffix(".tmp")
     torch.save(content, buffer)  # straight to a file, a full disk would raise no OSError
-    new.write_bytes(buffer.getbuffer())
-    os.replace(new, path)
+    try:
+        new.write_bytes(buffer.getbuffer())
+        flush_to_disk(new)
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    flush_to_disk(path.parent)
 
 
-@contextmanager
-def loaded(path: Path):
-    """What `save` wrote, on the CPU; ends with one line where the file or its use goes wrong."""
+def load(path: Path, model: ResNet, *keys: str) -> list:
+    """Put the weights that `save` wrote into `model`; returns what stands under the keys."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load compares no checksums
                 raise ValueError("wrong checksum")
-        yield torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"there is no file {path}")
-    except Exception as error:  # damage may raise anything
-        fail(f"cannot use {path} ({error!r:.200}); if damaged or foreign, delete it and its log")
-
-
-def is_complete(log: Path) -> bool:
-    """Whether the log's last row is the run's last iteration, with a test accuracy."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    last = dict(zip(COLUMNS, text.splitlines()[-1].split(","))) if text.endswith("\n") else {}
-    return bool(last.get("test_acc")) and last["iteration"] == last["iters"]
-
-
-def resume(log, ckpt: Path, config: dict, model, optimizer) -> tuple[int, float]:
-    """Take the log for this process alone, and bring all to where the checkpoint was, if any.
-
-    Returns the iterations done and the seconds of training that they took.
-    """
-    try:
-        import fcntl
-
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process, however it ends
-    except ImportError:
-        pass  # Windows: nothing stops a second process on the same run
-    except BlockingIOError:
-        fail(f"another process is training {log.name}")
-    if not ckpt.exists():
-        if log.tell():
-            fail(f"{log.name} has no checkpoint; if it is unfinished, delete it to train anew")
-        return 0, 0.0
-    with loaded(ckpt) as saved:
-        if saved["config"] != config or saved["log_size"] > log.tell():
-            raise ValueError("it does not belong to this log")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
-        # The groups hold flags of this start's device; the rest of the state is the run's.
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
-        log.seek(saved["log_size"])
-        log.truncate()
-        print(f"continues from iteration {saved['iteration']}", flush=True)
-        return saved["iteration"], saved["seconds"]
+        return [saved[key] for key in keys]
+    except (OSError, MemoryError):  # no fault of the content
+        raise
+    except Exception as error:  # damage may raise anything
+        fail(f"{path} is damaged, or not from this train.py and model.py ({error!r:.200})")
+
+
+class Run:
+    """A run's files, and its state beside model and optimizer; the checkpoint holds all of it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.config = settings(args)
+        self.name = run_name(self.config)
+        files = [Path(args.logs, f"{self.name}.{ending}") for ending in ("csv", "pt", "ckpt")]
+        self.log_path, self.weights, self.ckpt = files
+        self.iteration, self.seconds, self.lines = 0, 0.0, ",".join(COLUMNS) + "\n"
+
+    def is_complete(self) -> bool:
+        """Whether the log's last line is the run's last iteration, with a test accuracy."""
+        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        last = dict(zip(COLUMNS, text.splitlines()[-1].split(","))) if text.endswith("\n") else {}
+        return bool(last.get("test_acc")) and last["iteration"] == last["iters"]
+
+    def open_log(self) -> None:
+        """Take the log for this process alone until it ends; exits if another process has it."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log = open(self.log_path, "a", newline="")
+        try:
+            import fcntl
+
+            fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is training {self.log_path}")
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks: a second process is not noticed
+
+    def resume(self, model: ResNet, optimizer: optim.Optimizer) -> None:
+        """Bring model, optimizer, run and log to the checkpoint, which a new run makes first."""
+        if not self.ckpt.exists():
+            if self.log.tell() > 0:
+                fail(f"{self.log_path} has no checkpoint to continue from; move it to train anew")
+            self.save_checkpoint(model, optimizer)
+        keys = ("config", "optimizer", "iteration", "seconds", "lines")
+        config, state, self.iteration, self.seconds, self.lines = load(self.ckpt, model, *keys)
+        if config != self.config:
+            fail(f"{self.ckpt} is of another run")
+        # The state is the run's; the groups hold flags of this start's device.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.saved_at = self.seconds
+        self.log.truncate(0)
+        print(self.lines, end="", file=self.log, flush=True)
+
+    def save_checkpoint(self, model: ResNet, optimizer: optim.Optimizer) -> None:
+        save(self.ckpt, config=self.config, model=model.state_dict(),
+             optimizer=optimizer.state_dict()["state"], iteration=self.iteration,
+             seconds=self.seconds, lines=self.lines)  # fmt: skip
+        self.saved_at = self.seconds
+        flush_to_disk(self.log_path)
 
 
 # ---- a run ---------------------------------------------------------------------------------------
-
-
 def open_device(name: str | None, precision: str) -> torch.device:
     """The device of this name, else the first found of cuda, mps and cpu; exits if it cannot be."""
     found = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
@@ -292,7 +295,6 @@ def open_device(name: str | None, precision: str) -> torch.device:
             fail(f"CUDA does not start: {error} Or use --device cpu.")
         if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
             fail("bf16 needs compute capability 8.0 or more: use --precision tf32 or --device cpu")
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif name == "cpu" and precision == "bf16":
@@ -301,117 +303,115 @@ def open_device(name: str | None, precision: str) -> torch.device:
     return torch.device(name)
 
 
-def train(args: argparse.Namespace, plain: bool = False) -> None:
-    """Train what the flags describe, or continue it, or say that it is complete.
+def device_name(device: torch.device) -> str:
+    """The device as the log names it; on a CPU the number of threads decides the rounding."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name().replace(",", "")
+    return f"cpu {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
-    Exits with 3 when the loss is no longer finite; the log then shows it. On CUDA raises
-    RecordingFailed where the step cannot be compiled or recorded; `plain` tries neither.
-    """
-    config = settings(args)
-    name, bs, iters = run_name(config), config["bs"], config["iters"]
-    log_path, weights, ckpt = (args.logs / f"{name}.{ending}" for ending in ("csv", "pt", "ckpt"))
-    if is_complete(log_path):
-        ckpt.unlink(missing_ok=True)
-        return print(f"{log_path} is complete; delete it to train it again")
+
+def check_against_cpu(model: ResNet, split: data.Split) -> None:
+    """Exit where loss and gradients of eight images are not the CPU's, as on MPS in old PyTorch."""
+    results = []
+    for device in (split.labels.device, torch.device("cpu")):
+        images, labels = split.images[:8].to(device), split.labels[:8].to(device)
+        twin = copy.deepcopy(model).to(device, memory_format=data.layout(device))
+        plan = data.epoch_plan(data.Split(images, labels), seed=0, epoch=0)
+        loss = F.cross_entropy(twin(data.augment(data.pad(images), plan)), labels[plan[0]])
+        loss.backward()
+        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in twin.parameters())])
+    apart = max((ours - right).norm() / right.norm() for ours, right in zip(*results))
+    if not apart < 0.2:  # rounding gives up to 0.04 between two layouts on a CPU
+        fail(f"PyTorch {torch.__version__} computes wrong gradients on {split.labels.device.type}, "
+             "compared with the CPU: use --device cpu, or a newer PyTorch")  # fmt: skip
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train what the flags describe, or continue it, or say that it is complete."""
+    run, bs, iters, decay_step = Run(args), args.bs, args.iters, args.step
+    if run.is_complete():
+        run.ckpt.unlink(missing_ok=True)
+        return print(f"{run.log_path} is complete; delete it to train it again")
     device = open_device(args.device, args.precision)
-    cuda = device.type == "cuda"
-    if args.compile and not cuda:
+    if args.compile and device.type != "cuda":
         fail(f"--compile needs a CUDA device, and this one is {device}")
-    how = "plain" if plain or not cuda else "compiled" if args.compile else "recorded"
-    processor = torch.cuda.get_device_name().replace(",", "") if cuda else device.type
-    constant = [*config.values(), processor, torch.__version__]  # in every row of the log
     train_split, test_split = data.load(args.data, device)
-    model, optimizer = build(config, device)
-    loss_sum = torch.zeros((), device=device)  # of the iterations since the log's last row
-    step = make_step(config, model, optimizer, train_split, loss_sum, how)
-    print(f"{name}\n{count_parameters(model):,} parameters, {processor}, {how}", flush=True)
-    # On a terminal a line of progress takes the place of the one before.
-    patience, end = (0.5, "\r") if sys.stdout.isatty() else (60, "\n")
+    if bs > len(train_split.labels):
+        fail(f"--bs {bs} is more than the {len(train_split.labels):,} training images")
+    torch.manual_seed(args.seed)
+    model = ResNet().to(device, memory_format=data.layout(device))
+    if device.type == "mps":
+        check_against_cpu(model, train_split)
+    optimizer = make_optimizer(args, model)
+    run.open_log()
+    run.resume(model, optimizer)
+    train_batch = make_train_batch(args, model, optimizer, train_split)
+    constant = ",".join(map(str, [*run.config.values(), device_name(device), torch.__version__]))
+    print(f"{run.name}: {device_name(device)}, {count_parameters(model):,} parameters, "
+          f"from iteration {run.iteration}, a line every {args.log_every}", flush=True)  # fmt: skip
 
-    args.logs.mkdir(parents=True, exist_ok=True)
-    with open(log_path, "a", newline="") as log:
-        start, seconds = resume(log, ckpt, config, model, optimizer)
-        batches_per_epoch = math.ceil(len(train_split.labels) / bs)  # the last one may be short
-        logged, saved_at, shown_at, result = start, -math.inf, seconds, ""
-        started = time.perf_counter() - seconds  # neither files nor evaluation are training time
-        for t in range(start, iters):
-            if t == logged and seconds - saved_at >= args.ckpt_every:
-                save(ckpt, config=config, model=model.state_dict(), iteration=t, seconds=seconds,
-                     optimizer=optimizer.state_dict()["state"], log_size=log.tell())  # fmt: skip
-                saved_at, started = seconds, time.perf_counter() - seconds
-
-            epoch, i = divmod(t, batches_per_epoch)
-            if i == 0 or t == start:
-                batches = data.epoch_plan(train_split, config["seed"], epoch).split(bs, dim=1)
-            lr = config["lr0"] * config["gamma"] ** (t // config["step"])  # report, Decay step
+    batches = data.batches(train_split, bs, args.seed, start=run.iteration)
+    while run.iteration < iters:  # from one line of the log to the next
+        start, every = run.iteration, (args.log_every, args.eval_every)
+        stop = min(iters, *(start + n - start % n for n in every))
+        loss_sum = torch.zeros((), device=device)
+        began = time.perf_counter()
+        for t in range(start, stop):
+            lr = args.lr0 * args.gamma ** (t // decay_step)  # report, Decay step
             optimizer.param_groups[0]["lr"] = lr
-            started += step(batches[i])  # which returns what was preparation, not training
+            loss_sum += train_batch(next(batches))
+        loss = loss_sum.item() / (stop - start)  # waits for the device
+        run.iteration, run.seconds = stop, run.seconds + time.perf_counter() - began
 
-            done, accuracy = t + 1, ""
-            evaluating = done == iters or done % args.eval_every == 0
-            if evaluating or done % args.log_every == 0:
-                loss = loss_sum.item() / (done - logged)  # waits for the device
-                seconds = time.perf_counter() - started
-                if evaluating and math.isfinite(loss):
-                    right = evaluate(model, test_split, args.precision).sum().item()
-                    accuracy = f"{100 * right / len(test_split.labels):.2f}"
-                    if done == iters:  # before the row that makes the run complete
-                        save(weights, config=config, model=model.state_dict())
-                if not log.tell():
-                    print(*COLUMNS, sep=",", file=log)
-                row = f"{done},{lr:.6g},{loss:.6f},{accuracy},{seconds:.2f}"
-                print(*constant, row, sep=",", file=log, flush=True)
-                if not math.isfinite(loss):
-                    fail(f"loss {loss} at iteration {done}, see {log_path}; try a lower --lr", 3)
-                loss_sum.zero_()
-                logged, started = done, time.perf_counter() - seconds
-                result = f"loss {loss:.4f}  " + f"test {accuracy} %  " * bool(accuracy)
-
-            trained = time.perf_counter() - started
-            if accuracy or trained - shown_at > patience:
-                pace, shown_at = trained / done, trained
-                line = f"{done}/{iters}  {result}{bs / pace:.0f} images/s"
-                line += f"  {pace * (iters - done) / 60:.0f} min left"
-                width = shutil.get_terminal_size().columns - 1
-                print(f"{line:{width}.{width}}", end="\n" if accuracy else end, flush=True)
-    ckpt.unlink(missing_ok=True)
-    print(f"{seconds:.0f} s of training; log {log_path}, weights {weights}")
+        finite, accuracy, shown = math.isfinite(loss), "", f"loss {loss:.4f}"
+        if finite and (stop == iters or stop % args.eval_every == 0):
+            accuracy = percent(evaluate(model, test_split, args.precision))
+            shown += f"  test {accuracy} %"
+        line = f"{constant},{stop},{lr:.6g},{loss:.6f},{accuracy},{run.seconds:.2f}\n"
+        run.lines += line
+        # First the state, then the line: no log is ahead of its checkpoint or its weights.
+        if finite and stop == iters:
+            save(run.weights, config=run.config, model=model.state_dict())
+        elif finite and run.seconds - run.saved_at >= args.ckpt_every:
+            run.save_checkpoint(model, optimizer)
+        print(line, end="", file=run.log, flush=True)
+        if not finite:
+            fail(f"loss {loss} at iteration {stop}, see {run.log_path}; try a lower --lr", 3)
+        pace = run.seconds / stop
+        print(f"{stop}/{iters}  {shown}  {bs / pace:.0f} images/s  "
+              f"{pace * (iters - stop) / 60:.0f} min left  {run.name}", flush=True)  # fmt: skip
+    flush_to_disk(run.log_path)
+    run.ckpt.unlink(missing_ok=True)
+    print(f"{run.seconds:.0f} s of training; log {run.log_path}, weights {run.weights}")
 
 
-def test(file: Path, where: str, device_name: str | None) -> None:
-    """Print the test accuracy of the weights in `file`, overall and by class."""
+def test(args: argparse.Namespace) -> None:
+    """Print the test accuracy of the weights in a file, overall and by class."""
     model = ResNet()
-    with loaded(file) as saved:
-        config, precision = saved["config"], saved["config"]["precision"]
-        name = run_name(config)
-        model.load_state_dict(saved["model"])
-    device = open_device(device_name, precision)
+    (config,) = load(Path(args.eval), model, "config")
+    device = open_device(args.device, config["precision"])
     # Weights of generated images are tested on such: real ones would be a test of nothing.
-    _, split = data.load("synthetic" if config["data"] == "synthetic" else where, device)
-    correct = evaluate(model.to(device, memory_format=torch.channels_last), split, precision)
-    print(f"{name}: {100 * correct.sum() / len(split.labels):.2f} %")
-    for label, right, count in zip(data.CLASSES, correct, split.labels.bincount()):
-        print(f"{label:<10} {100 * right / count:6.2f} %")
+    _, split = data.load("synthetic" if config["data"] == "synthetic" else args.data, device)
+    model.to(device, memory_format=data.layout(device))
+    right, labels = evaluate(model, split, config["precision"]), split.labels.cpu()
+    print(f"{run_name(config)}: {percent(right)} %")
+    for number, name in enumerate(data.CLASSES):
+        print(f"{name:<10} {percent(right[labels == number]):>6} %")
 
 
 def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it like any kill, no traceback
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may have what a terminal has not
     try:
-        if args.eval:
-            return test(args.eval, args.data, args.device)
-        try:
-            return train(args)
-        except RecordingFailed as error:
-            print(f"train.py: no CUDA graph, so slower plain PyTorch ({error})", file=sys.stderr)
-        gc.collect()  # the failed start's tensors would stay in cycles, PyTorch's own among them
-        train(args, plain=True)  # from the checkpoint, as after any other end
-    except torch.OutOfMemoryError:
-        fail("the device's memory is full; try a lower --bs or another --device")
-    except (data.DataError, torch.AcceleratorError) as error:
+        test(args) if args.eval else train(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else its end fails, too
+        fail("ended, as nobody reads the output; the same command continues")
+    except (data.DataError, torch.OutOfMemoryError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error}; once that is mended, the same command continues")
+        fail(f"{error.filename or args.logs}: {error.strerror}; once mended, start it again")
 
 
 if __name__ == "__main__":
