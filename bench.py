@@ -191,8 +191,10 @@ def main() -> None:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header.split())
             measure(args, writer)
-    except (data.DataError, OSError) as error:
+    except data.DataError as error:
         sys.exit(f"bench.py: {error}")
+    except OSError as error:
+        sys.exit(f"bench.py: {error.filename or args.csv}: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def make_optimizer(args: argparse.Namespace, model: ResNet) -> optim.Optimizer:
     if args.optimizer == "sgd":
         return optim.SGD(momentum=args.momentum, fused=cuda or None, **common)
     if args.optimizer == "adam":
-        return optim.Adam(betas=args.betas, fused=cuda or None, capturable=cuda, **common)
+        return optim.Adam(betas=tuple(args.betas), fused=cuda or None, capturable=cuda, **common)
     if args.optimizer == "adagrad":
         return optim.Adagrad(**common)
     # Averaged SGD, though the report calls it "accelerated"; it averages from step t0 on.
@@ -164,9 +164,9 @@ class RecordedBatch:
             try:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_batch(self.plan)
-            except Exception as error:
-                first = error.__context__ or error  # leaving a broken recording raises once more
-                fail(f"the iteration cannot be recorded ({first}); use --no-graph")
+            except Exception as error:  # its context, where leaving the recording raised once more
+                why = str(error.__context__ or error).partition("\n")[0]
+                fail(f"the iteration cannot be recorded ({why}); use --no-graph")
         self.plan.copy_(plan)
         self.graph.replay()
         return self.loss
