@@ -1,6 +1,8 @@
 """CIFAR-10 as tensors on the device: loading, epoch order, augmentation.
 
-    python data.py      # fetch and check CIFAR-10, draw Figure 1 before and after augmentation
+    python data.py
+
+fetches and checks CIFAR-10, and draws Figure 1 before and after augmentation.
 
 The whole data set lives on the device as bytes, and a batch is made there by a few tensor lines.
 All of an epoch's randomness is one table, drawn from (seed, epoch) alone: iteration t sees the same
