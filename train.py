@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wd", type=float, default=1e-4, help="weight decay, added to the gradient (%(default)s)")
     add("--iters", type=int, default=32000, help="iterations, not epochs (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, crops and flips (%(default)s)")
-    add("--data", type=path, default="./data", help="its folder, or `synthetic` (%(default)s)")
+    add("--data", type=path, default="./data", help="CIFAR-10's folder or synthetic (%(default)s)")
     add("--logs", type=path, default="logs", help="folder for the files (./%(default)s)")
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these found")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
