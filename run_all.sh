@@ -13,7 +13,7 @@
 
 # The rows; report.py reads them from here.
 rows='
-# table    report, %  optimizer  lr   bs   step   iters
+# table    accuracy  optimizer  lr   bs   step   iters
 4          60.47      adam       0.1  64   5000   32000
 4          88.51      sgd        0.1  64   5000   32000
 4          84.90      adagrad    0.1  64   5000   32000
