@@ -213,7 +213,7 @@ def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
     """Two sentences, and a table of all rows: the report's accuracy, ours, and the difference."""
-    cells, trained, largest = [["Table", *Setting._fields, "Report, %"]], set(), (0, "none")
+    cells, trained, largest = [["Table", *Setting._fields, "Report, %"]], set(), (-1, "not known yet")
     for kind in ARITHMETIC:
         cells[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
     for row in rows:
@@ -224,7 +224,8 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
                 trained.add(row.setting)
                 gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
-                text = f"{difference} percentage points ({row.setting}; {kind}, runs: {len(ours)})"
+                text = f"""{difference} percentage points,
+{several(ours)} % against {row.accuracy:.2f} % ({row.setting}; {kind}, runs: {len(ours)})"""
                 largest = max(largest, (abs(gap), text))
             if len(ours) >= 3:
                 half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
@@ -285,7 +286,8 @@ def starts(rows: list[Row], runs: list[Run]) -> str:
         theirs = author[setting, FIXED["gamma"]][end]
         cells.append([*map(str, setting), str(end), f"{theirs:.3f}", spread])
         for kind in ARITHMETIC:  # each seed counts once, by its longest run
-            losses = {run.seed: run.loss[end] for run in ours if run.arithmetic == kind}
+            losses = {run.seed: run.loss[end] for run in ours
+                      if run.arithmetic == kind and end in run.loss}  # fmt: skip
             cells[-1].append(several(list(losses.values()), 3))
     return table(cells)
 
@@ -329,7 +331,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
             if ours:
                 label = {"linestyle": linestyle, "label": f"{name}, ours in {kind}"}
                 draw(ax, ours, setting.step, end, style | label)
-    title = "full length" if len(ax.lines) > len(settings) else "no full-length run of ours yet"
+    title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
     ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
     ax.set(xlabel="iteration (markers: decays of the rate, and the end)", ylabel="training loss")
     ax.grid(color="0.9")
@@ -363,13 +365,14 @@ def draw_figure(number: int, rows: list[Row], runs: list[Run]):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def fill(text: str, parts: dict[str, str]) -> str:
-    """A page with each part put between its markers, where it has them."""
+def renew(path: Path, parts: dict[str, str]) -> bytes:
+    """The content of a page, with each part put between its markers where it has them."""
+    text = path.read_text(encoding="utf-8")
     for name, part in parts.items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if start in text:
+        if start in text and end in text:
             text = text.split(start)[0] + start + part + end + text.split(end)[1]
-    return text
+    return text.encode()
 
 
 def main() -> None:
@@ -382,14 +385,13 @@ def main() -> None:
     args = parser.parse_args()
     if not args.logs.is_dir():
         sys.exit(f"report.py: no folder {args.logs}: train first, or try --logs results")
-    rows, files = read_rows(), {}
-    runs, left_out = collect(args.logs, rows)
-    parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
-             "start of training": starts(rows, runs), "runs": all_runs(runs),
-             "logs left out": "\n".join(left_out) or "None."}  # fmt: skip
     try:
-        for path in args.readme:
-            files[path] = fill(path.read_text(encoding="utf-8"), parts).encode()
+        rows = read_rows()
+        runs, left_out = collect(args.logs, rows)
+        parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
+                 "start of training": starts(rows, runs), "runs": all_runs(runs),
+                 "logs left out": "\n".join(left_out) or "None."}  # fmt: skip
+        files = {path: renew(path, parts) for path in args.readme}
         for number in range(4, 9) if args.figures else ():
             image = io.BytesIO()
             draw_figure(number, rows, runs).savefig(image, metadata={"Software": None})
@@ -399,7 +401,8 @@ def main() -> None:
             new.write_bytes(content)
             new.replace(path)
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
-        print("\n\n".join(f"## {name.capitalize()}\n\n{part}" for name, part in parts.items()), flush=True)
+        for name, part in parts.items():
+            print(f"## {name.capitalize()}\n\n{part}\n", flush=True)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError:
