@@ -1,12 +1,12 @@
 """The logs of train.py beside the report: a page in Markdown, and Figures 4-8.
 
-    python report.py                    prints the page of ./logs; --logs DIR of other logs
-    python report.py --figures logs     also draws logs/figure4.png ... (needs matplotlib)
+    python report.py                     # prints the page of ./logs; --logs DIR of other logs
+    python report.py --figures logs      # also draws logs/figure4.png ... (needs matplotlib)
     python report.py --logs results --figures results --readme README.md results/README.md
+                                         # renews all that is committed
 
-The last one renews all that is committed: the figures, and what stands between markers in the two
-files. A log counts when it is complete and has the report's settings, at full length or at 1/n of
-it (run_all.sh --shorten n). Every other log is named with the reason why it does not.
+A log counts when it is complete and has the report's settings, at full length or at 1/n of it
+(run_all.sh --shorten n). Every other log is named with the reason why it does not.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def read_log(path: Path, rows: list[Row]) -> Run:
 
 
 def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
-    """The runs of a folder's logs, and a line on each log left out; sorted by file name."""
+    """The runs of a folder's logs, the longest first, and a line on each log left out."""
     runs, left_out = {}, []
     for path in sorted(folder.iterdir()):
         if path.suffix != ".csv" or path.name == "author.csv":
@@ -152,7 +152,7 @@ def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
             left_out.append(f"- `{path.name}`: {error}")
         except LookupError as error:
             left_out.append(f"- `{path.name}`: damaged: {error!r}")
-    return list(runs.values()), left_out
+    return sorted(runs.values(), key=lambda run: run.n), left_out
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -196,8 +196,8 @@ def several(values: list[float], digits: int = 2) -> str:
 
 def names(settings: list[Setting]) -> list[str]:
     """Each setting by what differs between them: lr 0.1, lr 0.3, lr 0.5."""
-    differ = [i for i, values in enumerate(zip(*settings)) if len(set(values)) > 1]
-    return [", ".join(f"{Setting._fields[i]} {one[i]}" for i in differ) for one in settings]
+    fields = [i for i, values in enumerate(zip(*settings)) if len(set(values)) > 1]
+    return [", ".join(f"{Setting._fields[i]} {one[i]}" for i in fields) for one in settings]
 
 
 def best(rows: list[Row], name: str) -> Row:
@@ -213,7 +213,8 @@ def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
     """Two sentences, and a table of all rows: the report's accuracy, ours, and the difference."""
-    cells, trained, largest = [["Table", *Setting._fields, "Report, %"]], set(), (-1, "not known yet")
+    cells = [["Table", *Setting._fields, "Report, %"]]
+    trained, largest = set(), (-1, "not known yet")
     for kind in ARITHMETIC:
         cells[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
     for row in rows:
@@ -277,15 +278,15 @@ def starts(rows: list[Row], runs: list[Run]) -> str:
         ours = [run for run in runs if run.setting == setting and setting.step // run.n >= 100]
         if not ours:
             continue
-        ours.sort(key=lambda run: run.n, reverse=True)
-        end = setting.step // ours[0].n // 100 * 100
+        end = setting.step // ours[-1].n // 100 * 100
         # Until the first decay neither its time nor its rate matters.
         equal = [loss[end] for (other, _), loss in author.items()
                  if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
         spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
         theirs = author[setting, FIXED["gamma"]][end]
         cells.append([*map(str, setting), str(end), f"{theirs:.3f}", spread])
-        for kind in ARITHMETIC:  # each seed counts once, by its longest run
+        ours.sort(key=lambda run: run.n, reverse=True)  # of each seed the longest, the last, counts
+        for kind in ARITHMETIC:
             losses = {run.seed: run.loss[end] for run in ours
                       if run.arithmetic == kind and end in run.loss}  # fmt: skip
             cells[-1].append(several(list(losses.values()), 3))
@@ -295,7 +296,7 @@ def starts(rows: list[Row], runs: list[Run]) -> str:
 def all_runs(runs: list[Run]) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
     cells = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
-    for run in sorted(runs, key=lambda run: run.n):
+    for run in runs:
         final, length = (f"{run.accuracy:.2f}", "full") if run.n == 1 else ("", f"1/{run.n}")
         link = f"[{run.file.removesuffix('.csv')}]({run.file})"
         cells.append([link, length, run.seed, run.arithmetic, final, run.machine])
