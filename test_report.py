@@ -58,6 +58,12 @@ def script(name: str, *args, **env) -> subprocess.CompletedProcess:
 
 # ---- report.py -----------------------------------------------------------------------------------
 
+# The author's 15 logs: their last lines, and their losses by iteration.
+AUTHOR = {line["run"]: line for line in read_rows(RESULTS / "author.csv")}
+LOSS = {run: {int(line["iteration"]): float(line["loss"]) for line in lines} for run, lines in
+        itertools.groupby(read_rows(RESULTS / "author.csv"), lambda line: line["run"])}  # fmt: skip
+SEVEN = [run for run, line in AUTHOR.items() if line["bs"] == "128"]
+
 
 def write_log(folder, *accuracies, losses=(2.0, 1.0), name="", seeds=range(99), **settings) -> None:
     """A complete log for each accuracy, a seed each, with a line for each loss."""
@@ -169,6 +175,7 @@ def test_verdicts(tmp_path):
     write_log(tmp_path, 60, 60.1, **setting(ROWS[6]))
     write_log(tmp_path, 90, **setting(ROWS[6]), precision="bf16")
     write_log(tmp_path, 90, **setting(ROWS[5]), precision="bf16")
+    write_log(tmp_path, *range(90, 95), **setting(ROWS[4]), precision="bf16")
     write_log(tmp_path, 91, 92, 93, **setting(ROWS[9]), device="NVIDIA H200")
     write_log(tmp_path, 91.5, 92.5, 93.5, **setting(ROWS[10]), device="NVIDIA H200")
     write_log(tmp_path, 91, 92, 93, 94, **setting(ROWS[9]), precision="bf16")
@@ -204,24 +211,14 @@ def test_start_of_training(tmp_path):
                              "Our loss in float32 | Our loss in bf16 |")  # fmt: skip
     # Seeds 0: mean of lines 91 to 100; 1: line 10 of its longer run; 2: line 5.
     ours = report.several([0.955, 0.1, 0.05], 3)
-    author = {run: {int(x["iteration"]): float(x["loss"]) for x in lines}
-              for run, lines in author_lines().items()}  # fmt: skip
-    seven = [loss[1000] for run, loss in author.items() if author_lines()[run][0]["bs"] == "128"]
-    five = [loss[8000] for run, loss in author.items()
-            if author_lines()[run][0]["bs"] == "128" and int(author_lines()[run][0]["step"]) >= 8000]
-    assert (len(seven), len(five)) == (7, 5)
-    assert f"{min(seven):.3f} to {max(seven):.3f}" == "1.547 to 1.718"
+    five = [LOSS[run][8000] for run in SEVEN if int(AUTHOR[run]["step"]) >= 8000]
+    assert len(SEVEN) == 7 and len(five) == 5
     assert lines[2:] == [
-        f"| sgd | 0.3 | 128 | 8000 | 32000 | 8000 | {author['0406214550'][8000]:.3f} | "
+        f"| sgd | 0.3 | 128 | 8000 | 32000 | 8000 | {LOSS['0406214550'][8000]:.3f} | "
         f"{min(five):.3f} to {max(five):.3f} (5) |  | 0.800 |",
-        f"| sgd | 0.3 | 128 | 10000 | 32000 | 1000 | {author['0406223010'][1000]:.3f} | "
+        f"| sgd | 0.3 | 128 | 10000 | 32000 | 1000 | {LOSS['0406223010'][1000]:.3f} | "
         f"1.547 to 1.718 (7) | {ours} | 0.100 |",
     ]
-
-
-def author_lines() -> dict[str, list[dict]]:
-    lines = read_rows(RESULTS / "author.csv")
-    return {run: list(group) for run, group in itertools.groupby(lines, lambda line: line["run"])}
 
 
 def test_logs_left_out(tmp_path):
@@ -301,61 +298,49 @@ def curves(ax) -> dict[str, tuple]:
     return found
 
 
-NAMES = {
-    4: {"optimizer adam": "0406172725", "optimizer sgd": "0406160108",
-        "optimizer adagrad": "0406182358", "optimizer asgd": "0406175340"},
-    5: {"lr 0.1": "0406160108", "lr 0.3": "0406163217", "lr 0.5": "0406170207"},
-    6: {"bs 32": "0406204434", "bs 64": "0406163217", "bs 128": "0406230805", "bs 256": "0406193350"},
-    7: {"step 4000": "0406210323", "step 5000": "0406230805", "step 8000": "0406214550",
-        "step 10000": "0406223010"},
-    8: {"step 8000, iters 32000": "0406214550", "step 10000, iters 64000": "0407222653"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("number", NAMES)
-def test_figures(number, tmp_path):
+@pytest.mark.parametrize("number, at, names", [
+    (4, 3, ["optimizer adam", "optimizer sgd", "optimizer adagrad", "optimizer asgd"]),
+    (5, 6, ["lr 0.1", "lr 0.3", "lr 0.5"]),
+    (6, 10, ["bs 32", "bs 64", "bs 128", "bs 256"]),
+    (7, 14, ["step 4000", "step 5000", "step 8000", "step 10000"]),
+    (8, 15, ["step 8000, iters 32000", "step 10000, iters 64000"])])  # fmt: skip
+def test_figures(number, at, names, tmp_path):
     pytest.importorskip("matplotlib")
-    rows, logs = report.read_rows(), author_lines()
+    rows = report.read_rows()
+    author = [f"{name}, author" for name in names]
     figure = report.draw_figure(number, rows, [])
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["no full-length run yet"]
-    author = [f"{name}, author" for name in NAMES[number]]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == author
-    for label, (curve, marked, _, style) in curves(figure.axes[0]).items():
-        log = logs[NAMES[number][label.removesuffix(", author")]]
-        step, iters = int(log[0]["step"]), int(log[0]["iters"])
-        assert curve == {int(line["iteration"]): float(line["loss"]) for line in log}
-        assert marked == sorted({*range(step, iters + 1, step), iters}) and style == "--"
-    # Our runs of one row: two at full length in float32, one in bf16, one at 1/10, one too short.
-    at, name = {4: (3, "optimizer asgd"), 5: (6, "lr 0.5"), 6: (10, "bs 256"), 7: (13, "step 8000"),
-                8: (13, "step 8000, iters 32000")}[number]  # fmt: skip
-    last = setting(ROWS[at])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*curves(figure.axes[0])] == author
+    logs = [ROWS[13], ROWS[15]] if number == 8 else [row for row in ROWS if row[0] == str(number)]
+    for row, (curve, marked, _, style) in zip(logs, curves(figure.axes[0]).values(), strict=True):
+        (run,) = (run for run, line in AUTHOR.items() if line["test_acc"] == row[1])
+        step, iters = int(row[5]), int(row[6])
+        assert (curve, style) == (LOSS[run], "--")
+        assert marked == sorted({*range(step, iters + 1, step), iters})
+    # Of its last row two runs in float32, one in bf16; of another row one at 1/10, one too short.
+    last, other = setting(ROWS[at]), setting(logs[0])
     write_log(tmp_path, 90, losses=[1, 2, 3, 4], **last)
     write_log(tmp_path, 90, losses=[2, 4, 6, 8], seeds=[1], **last)
     write_log(tmp_path, 90, losses=[5, 6, 7, 8], **last, precision="bf16")
-    short = last | {"step": last["step"] // 10, "iters": last["iters"] // 10}
-    write_log(tmp_path, 50, losses=[i / 100 for i in range(1, short["iters"] // 10 + 1)], **short)
-    write_log(tmp_path, 50, **last | {"step": last["step"] // 100, "iters": last["iters"] // 100})
+    step, losses = other["step"] // 10, [i / 100 for i in range(1, 321)]
+    write_log(tmp_path, 50, losses=losses, **other | {"step": step, "iters": 3200})
+    write_log(tmp_path, 50, **other | {"step": step // 10, "iters": 320})
     figure = report.draw_figure(number, rows, report.collect(tmp_path, rows)[0])
     full, tenth = figure.axes
-    assert full.get_title(loc="left") == "full length" and full.get_yscale() == "log"
-    assert tenth.get_title(loc="left") == "ours at 1/10, until their first decay"
-    iters, step = last["iters"], last["step"]
-    solid, dotted = f"{name}, ours in float32", f"{name}, ours in bf16"
-    assert {*curves(full)} == {*author, solid, dotted} and {*curves(tenth)} == {*author, solid}
+    ours = [f"{names[-1]}, ours in bf16", f"{names[-1]}, ours in float32", f"{names[0]}, ours in float32"]
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [*author, solid, dotted]
-    quarters = [iters // 4 * n for n in (1, 2, 3, 4)]
-    marked = [i for i in quarters if i % step == 0 or i == iters]
-    color = curves(full)[f"{name}, author"][2]
-    assert curves(full)[solid] == (dict(zip(quarters, [1.5, 3, 4.5, 6])), marked, color, "-")
-    assert curves(full)[dotted] == (dict(zip(quarters, [5, 6, 7, 8])), marked, color, ":")
-    band = {tuple(xy) for path in full.collections[[*curves(full)].index(solid)].get_paths() for xy in path.vertices}
-    assert {(quarters[2], 3), (quarters[2], 6)} <= band
-    hundreds = range(100, step // 10 + 1, 100)
-    expected = {i: pytest.approx(i / 1000 - 0.045) for i in hundreds}
-    assert curves(tenth)[solid] == (expected, [step // 10], color, "-")
-    assert [*curves(tenth)[f"{name}, author"][0]] == [*hundreds]
-    assert len({curve[2] for curve in curves(full).values()}) == len(author)
+    assert texts[: len(author)] == author and sorted(texts[len(author) :]) == sorted(ours)
+    assert full.get_title(loc="left") == "full length" and full.get_yscale() == "log"
+    color, quarters = curves(full)[author[-1]][2], [last["iters"] // 4 * n for n in (1, 2, 3, 4)]
+    marked = [i for i in quarters if i % last["step"] == 0 or i == last["iters"]]
+    assert curves(full)[ours[0]] == (dict(zip(quarters, [5, 6, 7, 8])), marked, color, ":")
+    assert curves(full)[ours[1]] == (dict(zip(quarters, [1.5, 3, 4.5, 6])), marked, color, "-")
+    band = [path.vertices for path in full.collections[len(author)].get_paths()]
+    assert {(quarters[2], 3), (quarters[2], 6)} <= {tuple(xy) for path in band for xy in path}
+    assert tenth.get_title(loc="left") == "ours at 1/10, until their first decay"
+    hundreds = {i: pytest.approx(i / 1000 - 0.045) for i in range(100, step + 1, 100)}
+    assert curves(tenth)[ours[2]] == (hundreds, [step], curves(full)[author[0]][2], "-")
+    assert {*curves(tenth)} == {*author, ours[2]} and [*curves(tenth)[author[0]][0]] == [*hundreds]
 
 
 @pytest.mark.parametrize("flags, code", [("--log x", 2), ("x", 2), ("--figures", 2), ("--logs no", 1),
@@ -408,32 +393,29 @@ def test_pages_show_the_committed_logs():
 
 
 def test_numbers_in_the_text():
-    main, page, bench = (" ".join((HERE / name).read_text("utf-8").split()) for name in
-                         ("README.md", "results/README.md", "results/bench/README.md"))  # fmt: skip
-    loss = {run: {int(x["iteration"]): float(x["loss"]) for x in lines}
-            for run, lines in author_lines().items()}  # fmt: skip
+    main, page = (" ".join((HERE / name).read_text("utf-8").split()) for name in
+                  ("README.md", "results/README.md"))  # fmt: skip
 
     def mean(run: str, start: int, end: int) -> float:
-        return statistics.fmean(loss[run][i] for i in range(start + 100, end + 1, 100))
+        return statistics.fmean(LOSS[run][i] for i in range(start + 100, end + 1, 100))
 
-    seven = [run for run, lines in author_lines().items() if lines[0]["bs"] == "128"]
-    early = [mean(run, 3000, 4000) for run in seven]
-    assert len(seven) == 7 and f"is {min(early):.2f} to {max(early):.2f}. Decay step 10,000" in page
+    early = [mean(run, 3000, 4000) for run in SEVEN]
+    assert len(early) == 7 and f"is {min(early):.2f} to {max(early):.2f}. Decay step 10,000" in page
     late = [f"{mean(run, 31000, 32000):.4f}" for run in
             ("0406223010", "0407222653", "0406214550", "0406193350")]  # fmt: skip
     assert f"1,000 iterations {late[0]} and {late[1]}, on either side of the {late[2]} of" in page
     assert f"batch 256 ends at {late[3]} too, with 90.40 % against 92.65 %." in page
-    adam = [loss["0406172725"][i] for i in range(1000, 5001, 100)]
+    adam = [LOSS["0406172725"][i] for i in range(1000, 5001, 100)]
     assert f"between {min(adam):.2f} and {max(adam):.2f} from iteration 1,000 to 5,000" in main
     distances = []
     for betas in ("", "_betas0.9-0.999"):
         ours = read_rows(RESULTS / "adam" / f"adam_lr0.1_bs64_step5000{betas}_iters1000_seed0.csv")
-        squares = [(float(x["loss"]) - loss["0406172725"][int(x["iteration"])]) ** 2 for x in ours]
+        squares = [(float(x["loss"]) - LOSS["0406172725"][int(x["iteration"])]) ** 2 for x in ours]
         distances.append(f"{statistics.fmean(squares) ** 0.5:.3f}")
         assert f"{float(ours[-1]['loss']):.2f}" == "1.85" and "both end at 1.85" in main
     assert f"(root mean square distance {distances[0]} against {distances[1]})" in main
     assert "0.1 with step 8,000 (91.80 %) and 0.3 with step 10,000 (91.89 %)" in main
-    assert [author_lines()[run][-1]["test_acc"] for run in ("0406234842", "0407002842")] == ["91.80", "91.89"]
+    assert [AUTHOR[run]["test_acc"] for run in ("0406234842", "0407002842")] == ["91.80", "91.89"]
     epochs = [round(32000 / math.ceil(50000 / bs)) for bs in (32, 64, 128, 256)]
     assert "see the data {}, {}, {}, {} times".format(*epochs) in main
     assert "see the data {}, {}, {} and {} times".format(*epochs) in page
