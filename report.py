@@ -205,10 +205,14 @@ def best(rows: list[Row], name: str) -> Row:
     return max((row for row in rows if row.table == name), key=lambda row: row.accuracy)
 
 
+def select(runs: list[Run], setting: Setting, n: int, kind: str) -> list[Run]:
+    """The runs at 1/n of a setting in one arithmetic."""
+    return [run for run in runs if (run.setting, run.n, run.arithmetic) == (setting, n, kind)]
+
+
 def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
-    wanted = (row.setting, 1, kind)
-    return [run.accuracy for run in runs if (run.setting, run.n, run.arithmetic) == wanted]
+    return [run.accuracy for run in select(runs, row.setting, 1, kind)]
 
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
@@ -306,32 +310,24 @@ def all_runs(runs: list[Run]) -> str:
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def draw(ax, curves: list[dict[int, float]], step: int, end: int, style: dict) -> None:
-    """Draw the mean of curves, {iteration: loss}, until `end`, with a marker at each decay and at
-    the end, and a band from the lowest to the highest."""
-    x = [i for i in curves[0] if i <= end and all(i in curve for curve in curves)]
-    y = [[curve[i] for curve in curves] for i in x]
-    marked = [at for at, i in enumerate(x) if i % step == 0 or i == end]
-    ax.plot(x, [fmean(values) for values in y], markevery=marked, **style)
-    low, high = [min(values) for values in y], [max(values) for values in y]
-    ax.fill_between(x, low, high, color=style["color"], alpha=0.25, linewidth=0)
-
-
 def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
-    """Draw the author's losses of some settings dashed, and those of our runs at 1/n, with n > 1
-    until our first decay."""
+    """Draw the author's losses of some settings dashed, and those of our runs at 1/n as a mean
+    with a band from the lowest to the highest; where n > 1 until our first decay."""
     author = read_author()
     for setting, name, color, marker in zip(settings, names(settings), COLOURS, MARKERS):
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
-        style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.3}
-        dashed = {"linestyle": "--", "markerfacecolor": "white", "label": f"{name}, author"}
-        draw(ax, [author[setting, FIXED["gamma"]]], setting.step, end, style | dashed)
-        for kind, linestyle in ARITHMETIC.items():
-            wanted = (setting, n, kind)
-            ours = [run.loss for run in runs if (run.setting, run.n, run.arithmetic) == wanted]
-            if ours:
-                label = {"linestyle": linestyle, "label": f"{name}, ours in {kind}"}
-                draw(ax, ours, setting.step, end, style | label)
+        lines = [(f"{name}, author", "--", "white", [author[setting, FIXED["gamma"]]])]
+        for kind, style in ARITHMETIC.items():
+            ours = [run.loss for run in select(runs, setting, n, kind)]
+            lines += [(f"{name}, ours in {kind}", style, color, ours)] if ours else []
+        for label, style, face, losses in lines:
+            x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
+            y = [[loss[i] for loss in losses] for i in x]
+            marked = [at for at, i in enumerate(x) if i % setting.step == 0 or i == end]
+            ax.plot(x, [fmean(values) for values in y], color=color, label=label, linestyle=style,
+                    marker=marker, markevery=marked, markerfacecolor=face)  # fmt: skip
+            low, high = [min(values) for values in y], [max(values) for values in y]
+            ax.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
     title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
     ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
     ax.set(xlabel="iteration (markers: decays of the rate, and the end)", ylabel="training loss")
