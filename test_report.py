@@ -1,4 +1,4 @@
-"""Tests of report.py and of what is made with it. No PyTorch training, no data set; matplotlib where it is."""
+"""Tests of report.py and of what is made with it; those of the figures need matplotlib."""
 
 import csv
 import itertools
@@ -81,7 +81,9 @@ def write_log(folder, *accuracies, losses=(2.0, 1.0), name="", seeds=range(99), 
 
 
 def setting(row: list[str]) -> dict:
-    return dict(optimizer=row[2], lr0=float(row[3]), bs=int(row[4]), step=int(row[5]), iters=int(row[6]))
+    """The settings of one of ROWS as a log names them."""
+    bs, step, iters = map(int, row[4:])
+    return {"optimizer": row[2], "lr0": float(row[3]), "bs": bs, "step": step, "iters": iters}
 
 
 def parts(folder: Path) -> dict[str, str]:
@@ -113,37 +115,34 @@ def test_t_quantile_and_welch():
 
 
 def test_summary(tmp_path):
-    text = parts(tmp_path.parent / tmp_path.name)["Summary"]
+    text = parts(tmp_path)["Summary"]
     assert text.startswith("0 of the report's 13 settings have been trained here at full length; "
                            "whether the others reproduce is open.")  # fmt: skip
     assert "is not known yet." in text and "Ours" not in text and text.count("\n|") == 18
-    float32 = {}
     for row in ROWS:
-        three = [float(row[1]) + d for d in (0.1, 0.2, 0.6)]
-        float32[" | ".join(row[2:])] = three
-        write_log(tmp_path, *three, **setting(row))
+        write_log(tmp_path, *(float(row[1]) + d for d in (0.1, 0.2, 0.6)), **setting(row))
     write_log(tmp_path, 90.5, 90.0, 95.0, **setting(ROWS[12]), precision="bf16")
     write_log(tmp_path, 85, 84, **setting(ROWS[7]), device="NVIDIA H200")
     write_log(tmp_path, 80, **setting(ROWS[0]) | {"iters": 3200, "step": 500})  # not in this table
-    text = parts(tmp_path)["Summary"]
-    head = "| Table | optimizer | lr | bs | step | iters | Report, %"
-    for kind in ("float32", "TF32", "bf16"):
-        head += f" | Ours in {kind}, % | Difference"
-        head += " | 95 % for one more run" * (kind != "TF32")
-    assert f"\n{head} |\n" in text
-    half = 4.3027 * statistics.stdev([0.1, 0.2, 0.6]) * (4 / 3) ** 0.5
-    bf16 = 4.3027 * statistics.stdev([90.5, 90, 95]) * (4 / 3) ** 0.5
-    for row in ROWS:
-        line = f"| {row[0]} | {' | '.join(row[2:])} | {row[1]} | {float(row[1]) + 0.3:.2f} ± 0.26 (3)"
-        line += f" | +0.30 | ± {half:.2f}, report inside"
-        line += " | 85.00, 84.00 | -0.46" if row[2:] == ROWS[7][2:] else " |  | "
-        line += (f" | 91.83 ± 2.75 (3) | +0.76 | ± {bf16:.2f}, report inside"
-                 if row[2:] == ROWS[12][2:] else " |  |  | ")  # fmt: skip
-        assert f"\n{line} |" in text
-    assert text.startswith("13 of the report's 13 settings have been trained here at full length.\n")
-    assert ("The largest difference from the report's accuracy is +0.76 percentage points,\n"
-            "91.83 ± 2.75 (3) % against 91.07 % (sgd, lr 0.3, bs 128, step 5000, iters 32000; "
-            "bf16, runs: 3).\n") in text  # fmt: skip
+    lines = parts(tmp_path)["Summary"].splitlines()
+    half = [4.3027 * (4 / 3) ** 0.5 * statistics.stdev(three)  # dof 2
+            for three in ((0.1, 0.2, 0.6), (90.5, 90, 95))]  # fmt: skip
+    tf32 = {tuple(ROWS[7][2:]): "85.00, 84.00 | -0.46"}
+    bf16 = {tuple(ROWS[12][2:]): f"91.83 ± 2.75 (3) | +0.76 | ± {half[1]:.2f}, report inside"}
+    assert lines == [
+        "13 of the report's 13 settings have been trained here at full length.",
+        "The largest difference from the report's accuracy is +0.76 percentage points,",
+        "91.83 ± 2.75 (3) % against 91.07 % (sgd, lr 0.3, bs 128, step 5000, iters 32000; "
+        "bf16, runs: 3).",
+        "",
+        "| Table | optimizer | lr | bs | step | iters | Report, % | Ours in float32, % | "
+        "Difference | 95 % for one more run | Ours in TF32, % | Difference | Ours in bf16, % | Difference | "
+        "95 % for one more run |",
+        "|" + "---|" * 15,
+        *(f"| {table} | {' | '.join(row)} | {accuracy} | {float(accuracy) + 0.3:.2f} ± 0.26 (3) | "
+          f"+0.30 | ± {half[0]:.2f}, report inside | {tf32.get((*row,), ' | ')} | "
+          f"{bf16.get((*row,), ' |  | ')} |" for table, accuracy, *row in ROWS),
+    ]  # fmt: skip
     write_log(tmp_path, 90.5, 90.55, 90.6, **setting(ROWS[12]), precision="bf16")
     text = parts(tmp_path)["Summary"]
     assert "| 90.55 ± 0.05 (3) | -0.52 | ± 0.25, report outside |" in text
@@ -179,7 +178,7 @@ def test_verdicts(tmp_path):
     write_log(tmp_path, 91, 92, 93, **setting(ROWS[9]), device="NVIDIA H200")
     write_log(tmp_path, 91.5, 92.5, 93.5, **setting(ROWS[10]), device="NVIDIA H200")
     write_log(tmp_path, 91, 92, 93, 94, **setting(ROWS[9]), precision="bf16")
-    write_log(tmp_path, 91.5, 92.5, 93.3, **setting(ROWS[7]), precision="fp32", device="NVIDIA H200")
+    write_log(tmp_path, 91, 92, **setting(ROWS[7]), precision="fp32", device="NVIDIA H200")
     write_log(tmp_path, 95, **setting(ROWS[13]))
     write_log(tmp_path, 94, 94.4, 94.1, **setting(ROWS[14]))
     write_log(tmp_path, 93, **setting(ROWS[15]))
@@ -227,27 +226,27 @@ def test_logs_left_out(tmp_path):
     one, two, three = log.read_text().replace(",0,cifar10", ",1,cifar10").splitlines(True)
     shutil.copy(RESULTS / "author.csv", tmp_path)
     half = "incomplete: 16000 of 32000 iterations"
-    other = [one, two, three]
+    whole = one + two + three
     contents = [
         ("", "incomplete: no line yet"), (one, "incomplete: no line yet"), (one + two, half),
         *((one[:length], "incomplete: no line yet") for length in range(len(one))),
         *((one + two + three[:length], half) for length in range(len(three))),
         (one + two.replace(",2.0,,", ",2.0,80,"), half),
-        (one + two + three.replace(",80.00,", ",,"), "incomplete: 32000 of 32000 iterations"),
-        (one + two + three.replace(",1.0,", ",inf,"), "diverged: the loss is inf at iteration 32000"),
+        (whole.replace(",80.00,", ",,"), "incomplete: 32000 of 32000 iterations"),
+        (whole.replace(",1.0,", ",inf,"), "diverged: the loss is inf at iteration 32000"),
         (one + two.replace(",2.0,", ",nan,"), "diverged: the loss is nan at iteration 16000"),
-        *((one.replace(name, "x") + two + three, f"damaged: KeyError('{name}')")
+        *((whole.replace(name, "x"), f"damaged: KeyError('{name}')")
           for name in ("lr0", "seed", "precision", "torch", "iters")),
-        (one + two.replace(",2.0,", ",two,") + three, "could not convert string to float: 'two'"),
+        (whole.replace(",2.0,", ",two,"), "could not convert string to float: 'two'"),
         *((one + lines, "damaged: its lines do not belong together") for lines in (
             two.replace(",128,", ",64,") + three, three + two, two + three + three)),
-        *(("".join(other).replace(old, new), f"other settings: {why}") for old, new, why in (
+        *((whole.replace(old, new), f"other settings: {why}") for old, new, why in (
             (",0.2,", ",0.5,", "gamma 0.5"), (",0.9,", ",0.8,", "momentum 0.8"),
             (",0.0001,", ",0.0,", "wd 0.0"), (",cifar10,", ",synthetic,", "data synthetic"))),
-        (one + two.replace("cpu 2 threads", "NVIDIA H200") + three, "other settings: TF32, float32"),
-        *(("".join(other).replace(old, new), "not a row of the tables") for old, new in (
+        (one + two.replace("cpu 2 threads", "NVIDIA") + three, "other settings: TF32, float32"),
+        *((whole.replace(old, new), "not a row of the tables") for old, new in (
             ("sgd,0.3", "sgd,0.2"), (",8000,", ",4001,"), (",8000,", ",800,"))),
-        ("".join(other).replace(",1,cifar10", ",0,cifar10"), f"same settings and seed as {log.name}"),
+        (whole.replace(",1,cifar10", ",0,cifar10"), f"same settings and seed as {log.name}"),
     ]  # fmt: skip
     rows = report.read_rows()
     for content, why in contents:
@@ -260,14 +259,16 @@ def test_logs_left_out(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     page = parts(tmp_path)
     assert page["Summary"].count("| 80.00, 80.00 | -12.65 |") == 1
-    assert "| [z](z.csv) | full | 1 | float32 | 80.00 | cpu 8 threads, PyTorch 2.14.0, then cpu 2 t" in page["Runs"]
+    machine = "cpu 8 threads, PyTorch 2.14.0, then cpu 2 threads, PyTorch 2.15.0"
+    assert f"| [z](z.csv) | full | 1 | float32 | 80.00 | {machine} |" in page["Runs"]
     assert "`folder.csv`: [Errno 21] Is a directory" in page["Logs left out"]
 
 
 def test_arithmetic_and_runs(tmp_path):
     for precision, device, kind in (
-        ("tf32", "cpu", "float32"), ("tf32", "cpu 2 threads", "float32"), ("tf32", "mps", "float32"),
-        ("tf32", "NVIDIA H200", "TF32"), ("fp32", "NVIDIA H200", "float32"), ("bf16", "cpu", "bf16"),
+        ("tf32", "cpu", "float32"), ("tf32", "cpu 2 threads", "float32"),
+        ("tf32", "mps", "float32"), ("tf32", "NVIDIA H200", "TF32"),
+        ("fp32", "NVIDIA H200", "float32"), ("bf16", "cpu", "bf16"),
         ("bf16", "NVIDIA H200", "bf16")):  # fmt: skip
         assert report.arithmetic({"precision": precision, "device": device}) == kind
     shutil.copytree(RESULTS, tmp_path / "logs")
@@ -276,12 +277,13 @@ def test_arithmetic_and_runs(tmp_path):
     write_log(tmp_path / "logs", 89.99, **setting(ROWS[4]), precision="bf16", name="b64")
     write_log(tmp_path / "logs", 43.21, **setting(ROWS[6]) | {"iters": 3200, "step": 500}, name="z")
     after = parts(tmp_path / "logs")
-    assert "| Report, % | Ours in float32, % | Difference | Ours in bf16, % | Difference |" in after["Summary"]
-    assert "| 84.96 | 85.09 | +0.13 | 84.44 | -0.52 |" in after["Summary"]
-    assert after["Summary"].count("| 88.51 |  |  | 89.99 | +1.48 |") == 2
+    summary = after["Summary"]
+    assert "% | Ours in float32, % | Difference | Ours in bf16, % | Difference |\n" in summary
+    assert "| 84.96 | 85.09 | +0.13 | 84.44 | -0.52 |\n" in summary
+    assert summary.count("| 88.51 |  |  | 89.99 | +1.48 |\n") == 2
     new = set(after["Runs"].splitlines()) - set(before["Runs"].splitlines())
-    assert new == {"| [b32](b32.csv) | full | 0 | bf16 | 84.44 | cpu 2 threads, PyTorch 2.15.0 |",
-                   "| [b64](b64.csv) | full | 0 | bf16 | 89.99 | cpu 2 threads, PyTorch 2.15.0 |"}  # fmt: skip
+    assert new == {f"| [{name}]({name}.csv) | full | 0 | bf16 | {final} | cpu 2 threads, PyTorch 2.15.0 |"
+                   for name, final in (("b32", 84.44), ("b64", 89.99))}  # fmt: skip
     twin = "sgd_lr0.5_bs64_step500_iters3200_seed0.csv"
     assert after["Logs left out"] == f"- `z.csv`: same settings and seed as {twin}"
     for log in RESULTS.glob("*_iters3200_*.csv"):  # no accuracy of a shortened run is shown
@@ -298,6 +300,10 @@ def curves(ax) -> dict[str, tuple]:
     return found
 
 
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 @pytest.mark.parametrize("number, at, names", [
     (4, 3, ["optimizer adam", "optimizer sgd", "optimizer adagrad", "optimizer asgd"]),
     (5, 6, ["lr 0.1", "lr 0.3", "lr 0.5"]),
@@ -310,7 +316,7 @@ def test_figures(number, at, names, tmp_path):
     author = [f"{name}, author" for name in names]
     figure = report.draw_figure(number, rows, [])
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["no full-length run yet"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*curves(figure.axes[0])] == author
+    assert legend(figure) == [*curves(figure.axes[0])] == author
     logs = [ROWS[13], ROWS[15]] if number == 8 else [row for row in ROWS if row[0] == str(number)]
     for row, (curve, marked, _, style) in zip(logs, curves(figure.axes[0]).values(), strict=True):
         (run,) = (run for run, line in AUTHOR.items() if line["test_acc"] == row[1])
@@ -327,9 +333,9 @@ def test_figures(number, at, names, tmp_path):
     write_log(tmp_path, 50, **other | {"step": step // 10, "iters": 320})
     figure = report.draw_figure(number, rows, report.collect(tmp_path, rows)[0])
     full, tenth = figure.axes
-    ours = [f"{names[-1]}, ours in bf16", f"{names[-1]}, ours in float32", f"{names[0]}, ours in float32"]
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts[: len(author)] == author and sorted(texts[len(author) :]) == sorted(ours)
+    ours = [f"{names[-1]}, ours in bf16", *(f"{names[i]}, ours in float32" for i in (-1, 0))]
+    assert legend(figure)[: len(author)] == author
+    assert sorted(legend(figure)[len(author) :]) == sorted(ours)
     assert full.get_title(loc="left") == "full length" and full.get_yscale() == "log"
     color, quarters = curves(full)[author[-1]][2], [last["iters"] // 4 * n for n in (1, 2, 3, 4)]
     marked = [i for i in quarters if i % last["step"] == 0 or i == last["iters"]]
@@ -343,8 +349,9 @@ def test_figures(number, at, names, tmp_path):
     assert {*curves(tenth)} == {*author, ours[2]} and [*curves(tenth)[author[0]][0]] == [*hundreds]
 
 
-@pytest.mark.parametrize("flags, code", [("--log x", 2), ("x", 2), ("--figures", 2), ("--logs no", 1),
-                                         ("--logs /tmp --readme /nowhere.md", 1)])  # fmt: skip
+@pytest.mark.parametrize("flags, code", [
+    ("--log x", 2), ("x", 2), ("--figures", 2), ("--logs no", 1),
+    ("--logs /tmp --readme /nowhere.md", 1)])  # fmt: skip
 def test_errors(flags, code):
     result = script("report.py", *flags.split())
     assert result.returncode == code and not result.stdout
@@ -371,7 +378,7 @@ def test_pages_are_renewed_and_head_reads_little(tmp_path):
     assert result.stderr == "report.py: the figures need matplotlib: pip install matplotlib\n"
     pytest.importorskip("matplotlib")
     assert script("report.py", *flags).returncode == 0
-    assert sorted(file.name for file in tmp_path.glob("*.png")) == [f"figure{n}.png" for n in range(4, 9)]
+    assert {*tmp_path.glob("*.png")} == {tmp_path / f"figure{n}.png" for n in range(4, 9)}
 
 
 # ---- the committed pages -------------------------------------------------------------------------
@@ -440,8 +447,10 @@ def test_costs_and_timings():
             10 * hours("sgd_lr0.3_bs256_step500_iters3200")]  # fmt: skip
     assert "| full | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(*full) in main
     assert f"gives {ours['256']:.1f} for\n256" in main
-    assert round(full[0] + 6 * full[1] + 4 * full[2] + full[3], -1) == 100 and "about 100 hours" in main
-    tenth = [hours(f"sgd_lr0.3_{name}_iters3200") for name in ("bs32_step500", "bs64_step500", "bs128_step800")]
+    total = full[0] + 6 * full[1] + 4 * full[2] + full[3]
+    assert f"about {total:.0e} hours".replace("1e+02", "100") in main
+    tenth = [hours(f"sgd_lr0.3_{name}_iters3200")
+             for name in ("bs32_step500", "bs64_step500", "bs128_step800")]  # fmt: skip
     assert "| a tenth | {:.1f} | {:.1f} | {:.1f} | |".format(*tenth) in main
     ratios = [float(x["ratio"]) for x in timings if x["code"] == "this code"]
     assert f"[{min(ratios)} to {max(ratios)} times](results/bench)" in main
