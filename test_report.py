@@ -102,6 +102,11 @@ def test_rows_are_the_reports():
     ]
 
 
+def test_fixed_settings_are_the_defaults_of_train():
+    for name, value in report.FIXED.items():
+        assert value == str(config("--optimizer", "adam")[name] or config()[name])
+
+
 def test_t_quantile_and_welch():
     for dof, t in ((1, 12.7062), (1.5, 6.0167), (2, 4.3027), (6, 2.4469), (30, 2.0423)):
         assert report.t_quantile(dof) == pytest.approx(t, abs=1e-4)
