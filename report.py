@@ -1,303 +1,407 @@
-"""The report's Tables 4-7 and Figures 4-8 from the logs of train.py, beside its own numbers.
+"""The logs of train.py beside the report: a page in Markdown, and Figures 4-8.
 
-    python report.py                        prints the tables of ./logs as Markdown
-    python report.py --readme README.md     also rewrites them between the markers there
-    python report.py --figures figures      also draws figure4.png ... (needs matplotlib)
+    python report.py                     # prints the page of ./logs; --logs DIR of other logs
+    python report.py --figures logs      # also draws logs/figure4.png ... (needs matplotlib)
+    python report.py --logs results --figures results --readme README.md results/README.md
+                                         # renews all that is committed
 
-Shown are complete runs, at full length and at 1/N of it (run_all.sh --shorten N), with the default
-settings or, where no run has them, those of most runs. Every other log is named with the reason.
+A log counts when it is complete and has the report's settings, at full length or at 1/n of it
+(run_all.sh --shorten n). Every other log is named with the reason why it does not.
 """
 
 import argparse
 import csv
+import io
 import math
 import os
 import sys
-from functools import cache
-from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from statistics import fmean, stdev, variance
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-# What no row sets: Table 3, Adam's betas from the author's code, PyTorch's arithmetic on CUDA.
-REPORT = {"gamma": "0.2", "momentum": "0.9", "betas": "0.7 0.7", "wd": "0.0001",
-          "data": "cifar10", "precision": "tf32"}  # fmt: skip
-TABLES = {  # what varies, and what does not
-    "4": ("Optimizer", "Learning rate 0.1, batch size 64, decay step 5,000"),
-    "5": ("Learning rate", "SGD, batch size 64, decay step 5,000"),
-    "6": ("Batch size", "SGD, learning rate 0.3, decay step 5,000"),
-    "7": ("Decay step", "SGD, learning rate 0.3, batch size 128"),
-    "extended": ("Iterations", "SGD, learning rate 0.3, batch size 128, decay step 10,000"),
-}
+FIXED = {"gamma": "0.2", "momentum": "0.9", "betas": "0.7 0.7", "wd": "0.0001", "data": "cifar10"}
+ARITHMETIC = {"float32": "-", "TF32": "-.", "bf16": ":"}  # and how a figure draws our runs in it
 COLOURS, MARKERS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], "os^D"  # Okabe-Ito
-STYLE = {"font.size": 11, "lines.linewidth": 1.3, "lines.markersize": 5, "legend.frameon": False,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-         "axes.grid": True, "axes.grid.which": "both", "grid.color": "0.9"}  # fmt: skip
 
 
-def table_rows(table: str) -> list[tuple[str, float, tuple]]:
-    """A table's rows in run_all.sh: label, the report's accuracy in percent, and key: (optimizer,
-    learning rate, batch size, decay step, iterations). Beside the extended run stands its half."""
+class Setting(NamedTuple):
+    """What the report varies; `step` is the iterations between two decays of the rate."""
+
+    optimizer: str
+    lr: float
+    bs: int
+    step: int
+    iters: int
+
+    def __str__(self) -> str:
+        return "{}, lr {}, bs {}, step {}, iters {}".format(*self)
+
+
+class Row(NamedTuple):
+    """A row of the report's tables, with its accuracy in percent."""
+
+    table: str
+    accuracy: float
+    setting: Setting
+
+
+class Run(NamedTuple):
+    """A complete training of ours, with its final accuracy in percent."""
+
+    file: str
+    setting: Setting  # of the full length
+    n: int  # decay step and iterations were 1/n of the setting's
+    seed: str
+    arithmetic: str
+    accuracy: float
+    loss: dict[int, float]  # by hundreds of iterations: mean of the log's lines that end in them
+    machine: str  # processor and PyTorch's version
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def as_setting(values: dict[str, str]) -> Setting:
+    numbers = (int(values[name]) for name in ("bs", "step", "iters"))
+    return Setting(values["optimizer"], float(values["lr0"]), *numbers)
+
+
+def read_rows() -> list[Row]:
+    """The rows of the report's tables, from run_all.sh."""
+    script = (HERE / "run_all.sh").read_text(encoding="utf-8")
+    header, *lines = script.split("rows='\n")[1].split("\n'")[0].splitlines()
     rows = []
-    for line in (HERE / "run_all.sh").read_text(encoding="utf-8").splitlines():
-        half = table == "extended" and line.startswith("7 ") and " 10000 " in line
-        if line.startswith(f"{table} ") or half:
-            _, reported, name, lr, *numbers = line.split()
-            key = (name, float(lr), *map(int, numbers))
-            name = {"adam": "Adam", "adagrad": "Adagrad"}.get(name, name.upper())
-            label = [name, lr, *(f"{number:,}" for number in key[2:])][list(TABLES).index(table)]
-            rows.append((label, float(reported), key))
+    for line in lines:
+        values = dict(zip(header.strip("# ").split(), line.split()))
+        values["lr0"] = values["lr"]  # as the logs name it
+        rows.append(Row(values["table"], float(values["accuracy"]), as_setting(values)))
     return rows
 
 
-# ---- logs ----------------------------------------------------------------------------------------
-
-
-def complete_run(rows: list[dict]) -> dict:
-    """A run from the rows of its log: the last row, `key` as in table_rows, `loss` {end of a
-    hundred iterations: mean of its rows}, `test_acc` {iteration: percent}, `accuracy`, the last of
-    them, and `settings`, those not the report's, as text. Raises ValueError or LookupError."""
-    run, ends = rows[-1], [int(row["iteration"]) for row in rows]
-    fixed = run.keys() - {"device", "torch", "iteration", "lr", "loss", "test_acc", "seconds"}
-    if ends != sorted(set(ends)) or any(row[name] != run[name] for row in rows for name in fixed):
-        raise ValueError("damaged: its rows do not belong together")
-    if not all(math.isfinite(float(row["loss"])) for row in rows):
-        raise ValueError("diverged: its loss is not finite")
-    if ends[-1] != int(run["iters"]) or not run["test_acc"]:
-        raise ValueError(f"incomplete: {ends[-1]} of {run['iters']} iterations")
-    numbers = [int(run[name]) for name in ("bs", "step", "iters")]
-    hundreds = groupby(rows, lambda row: math.ceil(int(row["iteration"]) / 100) * 100)
-    evaluated = [row for row in rows if row["test_acc"]]
-    return run | {
-        "key": (run["optimizer"], float(run["lr0"]), *numbers),
-        "loss": {end: fmean(float(row["loss"]) for row in some) for end, some in hundreds},
-        "test_acc": {int(row["iteration"]): float(row["test_acc"]) for row in evaluated},
-        "accuracy": float(run["test_acc"]),
-        "settings": ", ".join(f"{k} {run[k]}" for k in REPORT if run[k] not in ("", REPORT[k])),
-    }
-
-
-@cache
-def read_author() -> list[dict]:
-    """The 15 published logs of the report's author, each as complete_run has it."""
+def read_author() -> dict[tuple[Setting, str], dict[int, float]]:
+    """The author's 15 published logs, by setting and decay rate: {iteration: mean loss of the
+    hundred iterations that end there}."""
+    author = {}
     with open(HERE / "results" / "author.csv", newline="", encoding="utf-8") as file:
-        rows = (REPORT | row for row in csv.DictReader(file))
-        return [complete_run(list(group)) for _, group in groupby(rows, lambda row: row["run"])]
+        for line in csv.DictReader(file):
+            loss = author.setdefault((as_setting(line), line["gamma"]), {})
+            loss[int(line["iteration"])] = float(line["loss"])
+    return author
 
 
-def collect(folder: str | Path) -> tuple[str, dict, list]:
-    """Sort a folder's logs into the rows. Returns the settings shown that are not the defaults, as
-    text; {(key, N): runs at 1/N of that row's length, one a seed}; [(file name, why left out)]."""
-    rows = [key for name in TABLES for *_, key in table_rows(name)]
-    places = {  # what run_all.sh --shorten n makes of a row; where two agree, the longer counts
-        (*same, step // n, iters // n): ((*same, step, iters), n)
-        for n in range(1000, 0, -1) if 1000 % n == 0 for *same, step, iters in rows}  # fmt: skip
-    found, runs, left_out = {}, {}, []
-    for path in sorted(Path(folder).iterdir()):
+def arithmetic(line: dict[str, str]) -> str:
+    """CPUs and Apple's MPS have no TF32: what is trained there as `tf32` is float32."""
+    tf32 = "float32" if line["device"].startswith(("cpu", "mps")) else "TF32"
+    return {"fp32": "float32", "tf32": tf32, "bf16": "bf16"}[line["precision"]]
+
+
+def full_setting(own: Setting, rows: list[Row]) -> tuple[Setting, int]:
+    """The setting of which `own` has 1/n of the iterations and of the decay step, and n."""
+    settings = {row.setting for row in rows}
+    for n in range(1, 1001):
+        full = own._replace(step=own.step * n, iters=own.iters * n)
+        if full in settings:
+            return full, n
+    raise ValueError("not a row of the tables")
+
+
+def read_log(path: Path, rows: list[Row]) -> Run:
+    """The run of a log. Raises ValueError with the reason if it does not count, or LookupError."""
+    text = path.read_text(encoding="utf-8")
+    text = text[: text.rfind("\n") + 1]  # a last line without its end is still being written
+    lines = list(csv.DictReader(text.splitlines(), restval=""))
+    if not lines:
+        raise ValueError("incomplete: no line yet")
+    last, ends, hundreds = lines[-1], [int(line["iteration"]) for line in lines], {}
+    constant = last.keys() - {"device", "torch", "iteration", "lr", "loss", "test_acc", "seconds"}
+    alike = all(line[name] == last[name] for line in lines for name in constant)
+    if not alike or ends != sorted(set(ends)) or ends[0] < 1:
+        raise ValueError("damaged: its lines do not belong together")
+    for end, line in zip(ends, lines):
+        hundreds.setdefault(math.ceil(end / 100) * 100, []).append(float(line["loss"]))
+        if not math.isfinite(float(line["loss"])):
+            raise ValueError(f"diverged: the loss is {line['loss']} at iteration {end}")
+    kinds = sorted({arithmetic(line) for line in lines})
+    others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
+    if others or len(kinds) > 1:
+        raise ValueError(f"other settings: {', '.join(others or kinds)}")
+    if ends[-1] != int(last["iters"]) or not last["test_acc"]:
+        raise ValueError(f"incomplete: {ends[-1]} of {last['iters']} iterations")
+    machines = dict.fromkeys(f"{line['device']}, PyTorch {line['torch']}" for line in lines)
+    return Run(
+        path.name, *full_setting(as_setting(last), rows), last["seed"], kinds[0],
+        accuracy=float(last["test_acc"]),
+        loss={hundred: fmean(losses) for hundred, losses in hundreds.items()},
+        machine=", then ".join(machines),
+    )  # fmt: skip
+
+
+def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
+    """The runs of a folder's logs, the longest first, and a line on each log left out."""
+    runs, left_out = {}, []
+    for path in sorted(folder.iterdir()):
         if path.suffix != ".csv" or path.name == "author.csv":
             continue
         try:
-            text = path.read_text(encoding="utf-8")
-            if not text.endswith("\n"):
-                raise ValueError("damaged: empty, or its last line is cut short")
-            run = complete_run(list(csv.DictReader(text.splitlines(), restval="")))
-            run |= {"file": path.name, "by": f"{run['device']}, torch {run['torch']}"}
-            if run["key"] not in places:
-                raise ValueError("not a row of the tables")
-            twin = found.setdefault((run["key"], run["settings"], run["seed"]), run)
-            if twin is not run:
-                raise ValueError(f"same settings and seed as {twin['file']}")
-        except (OSError, ValueError) as error:
-            left_out.append((path.name, str(error)))
-        except (LookupError, csv.Error) as error:
-            left_out.append((path.name, f"damaged: {error!r}"))
-    settings = [text for _, text, _ in found]
-    shown = "" if "" in settings else max(settings, key=settings.count, default="")
-    for (key, text, _), run in found.items():
-        if text == shown:
-            runs.setdefault(places[key], []).append(run)
-        else:
-            left_out.append((run["file"], f"other settings: {text}"))
-    return shown, runs, left_out
+            run = read_log(path, rows)
+            first = runs.setdefault((run.setting, run.n, run.arithmetic, run.seed), run)
+            if first is not run:
+                raise ValueError(f"same settings and seed as {first.file}")
+        except (OSError, ValueError, csv.Error) as error:
+            left_out.append(f"- `{path.name}`: {error}")
+        except LookupError as error:
+            left_out.append(f"- `{path.name}`: damaged: {error!r}")
+    return sorted(runs.values(), key=lambda run: run.n), left_out
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
-def table(rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table with a header row; a column without any value is left out."""
-    columns = [column for column in zip(*rows) if any(column[1:])]
-    header, *lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
-    return [header, "|---" + "|--:" * (len(columns) - 1) + "|", *lines]
-
-
-def accuracy(runs: list[dict]) -> str:
-    """Final test accuracy in percent over seeds, '92.65 ± 0.12 (n = 3)'; '' without a run."""
-    finals = [run["accuracy"] for run in runs]
-    deviation = f" ± {stdev(finals):.2f}" if len(finals) > 1 else ""
-    return f"{fmean(finals):.2f}{deviation} (n = {len(finals)})" if finals else ""
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def t_quantile(dof: float) -> float:
-    """The absolute value that Student's t stays under in 95 % of cases, for any dof >= 1."""
-    # With t = sqrt(dof) * tan(angle), the density of the angle is cos(angle) ** (dof - 1).
-    width = math.pi / 2 / 10_000
-    areas = list(accumulate(math.cos((i + 0.5) * width) ** (dof - 1) for i in range(10_000)))
-    i = sum(area < 0.95 * areas[-1] for area in areas)
-    angle = width * (i + (0.95 * areas[-1] - areas[i - 1]) / (areas[i] - areas[i - 1]))
-    return math.sqrt(dof) * math.tan(angle)
+    """The t that |T| exceeds in 5 % of cases, for Student's T with dof >= 1 degrees of freedom."""
+    # T = sqrt(dof) * tan(angle), and the angle's density is as cos(angle) ** (dof - 1).
+    width = math.pi / 2 / 20_000
+    areas = [math.cos((i + 0.5) * width) ** (dof - 1) for i in range(20_000)]
+    missing, i = 0.95 * sum(areas), 0
+    while missing > areas[i]:
+        missing -= areas[i]
+        i += 1
+    return math.sqrt(dof) * math.tan((i + missing / areas[i]) * width)
 
 
 def welch(a: list[float], b: list[float]) -> float:
-    """Half of Welch's 95 % interval of mean(a) - mean(b); infinite where there is none."""
-    if min(len(a), len(b)) < 2 or variance(a) == variance(b) == 0:
-        return math.inf
-    squares = [variance(a) / len(a), variance(b) / len(b)]  # of the means' standard errors
-    dof = sum(squares) ** 2 / (squares[0] ** 2 / (len(a) - 1) + squares[1] ** 2 / (len(b) - 1))
-    return t_quantile(dof) * math.sqrt(sum(squares))
+    """Half of Welch's 95 % interval of mean(a) - mean(b), from two or more values of each."""
+    va, vb = variance(a) / len(a), variance(b) / len(b)  # squared standard errors of the means
+    if va == vb == 0:
+        return math.inf  # no noise was seen, so nothing bounds it
+    dof = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    return t_quantile(dof) * math.sqrt(va + vb)
 
 
-def verdicts(runs: dict) -> list[str]:
-    """Lines of a table: each conclusion of the report, and what our full-length runs say of it."""
-    rows = [["The report's conclusion", "Its gap", "Ours, 95 % interval", "n of each", "Verdict"]]
-    for name, (heading, _) in TABLES.items():
-        ranked = sorted(table_rows(name), key=lambda row: -row[1])
-        for (better, high, key), (worse, low, other) in pairwise(ranked):
-            a, b = ([run["accuracy"] for run in runs.get((k, 1), [])] for k in (key, other))
-            gap, half = fmean(a or [0]) - fmean(b or [0]), welch(a, b)
-            ours = f"{gap:+.2f}" if a and b else ""
-            ours += f" ({gap - half:+.2f} to {gap + half:+.2f})" if half < math.inf else ""
-            word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
-            n = f"{len(a)}, {len(b)}" if a or b else ""
-            rows.append([f"{heading}: {better} > {worse}", f"{high - low:+.2f}", ours, n, word])
-    return table(rows)
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table from its header and rows; a column without any value is left out."""
+    columns = [column for column in zip(*rows) if any(column[1:])]
+    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
+    lines.insert(1, "|---" * len(columns) + "|")
+    return "\n".join(lines) if columns else "None yet."
 
 
-def author_noise() -> str:
-    """Two sentences on the noise between runs in the author's own logs (Table 7)."""
-    runs = [run for run in read_author() if run["key"][:3] == ("sgd", 0.3, 128)]
-    start, last = ([fmean(run["loss"][i] for i in range(end - 900, end + 1, 100)) for run in runs]
-                   for end in (4000, 32000))  # fmt: skip
-    best, *twice = [loss for step in ("8000", "10000") for run, loss in zip(runs, last)
-                    if run["step"] == step and not run["settings"]]  # fmt: skip
+def several(values: list[float], digits: int = 2) -> str:
+    """Up to two values as they are; from three on their mean ± sample deviation (how many)."""
+    if len(values) < 3:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)})"
+
+
+def names(settings: list[Setting]) -> list[str]:
+    """Each setting by what differs between them: lr 0.1, lr 0.3, lr 0.5."""
+    fields = [i for i, values in enumerate(zip(*settings)) if len(set(values)) > 1]
+    return [", ".join(f"{Setting._fields[i]} {one[i]}" for i in fields) for one in settings]
+
+
+def best(rows: list[Row], name: str) -> Row:
+    """The row of a table with the highest accuracy in the report."""
+    return max((row for row in rows if row.table == name), key=lambda row: row.accuracy)
+
+
+def select(runs: list[Run], setting: Setting, n: int, kind: str) -> list[Run]:
+    """The runs at 1/n of a setting in one arithmetic."""
+    return [run for run in runs if (run.setting, run.n, run.arithmetic) == (setting, n, kind)]
+
+
+def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
+    """The accuracies of a row's full-length runs in one arithmetic."""
+    return [run.accuracy for run in select(runs, row.setting, 1, kind)]
+
+
+def summary(rows: list[Row], runs: list[Run]) -> str:
+    """Two sentences, and a table of all rows: the report's accuracy, ours, and the difference."""
+    cells = [["Table", *Setting._fields, "Report, %"]]
+    trained, largest = set(), (-1, "not known yet")
+    for kind in ARITHMETIC:
+        cells[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
+    for row in rows:
+        cells.append([row.table, *map(str, row.setting), f"{row.accuracy:.2f}"])
+        for kind in ARITHMETIC:
+            ours, difference, interval = finals(runs, row, kind), "", ""
+            if ours:
+                trained.add(row.setting)
+                gap = fmean(ours) - row.accuracy
+                difference = f"{gap:+.2f}"
+                text = f"""{difference} percentage points,
+{several(ours)} % against {row.accuracy:.2f} % ({row.setting}; {kind}, runs: {len(ours)})"""
+                largest = max(largest, (abs(gap), text))
+            if len(ours) >= 3:
+                half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
+                place = "inside" if abs(gap) <= half else "outside"
+                interval = f"± {half:.2f}, report {place}"
+            cells[-1] += [several(ours), difference, interval]
+    total = len({row.setting for row in rows})
+    have = "has" if len(trained) == 1 else "have"
+    rest = "; whether the others reproduce is open" if len(trained) < total else ""
     return f"""\
-The author's logs hold {len(runs)} runs (SGD, learning rate 0.3, batch size 128) that are the same
-training until their first decay; by chance alone, their mean loss over iterations 3,001 to 4,000
-ranges from {min(start):.2f} to {max(start):.2f}. Decay step 10,000 was trained twice to iteration
-32,000 (once in the extended run): the mean loss of the last 1,000 iterations is {max(twice):.4f}
-and {min(twice):.4f}, on either side of the {best:.4f} of decay step 8,000, the report's best."""
+{len(trained)} of the report's {total} settings {have} been trained here at full length{rest}.
+The largest difference from the report's accuracy is {largest[1]}.
+
+{table(cells)}"""
 
 
-def markdown(shown: str, runs: dict, left_out: list) -> str:
-    """The page, from what collect returned: tables, verdicts, and which logs are left out."""
-    lengths = sorted({n for _, n in runs})
-    ours = ["Ours, %" if n == 1 else f"Ours at 1/{n}, %" for n in lengths]
-    by = sorted({run["by"] for seeds in runs.values() for run in seeds})
-    lines = ["Final accuracy on the 10,000 test images in percent: the report's one run, and ours,",
-             "mean ± sample standard deviation of n seeds. At 1/N, ours has 1/N of the iterations",
-             f"and of the decay step. Ours: {'; '.join(by) or 'no complete run'}."]  # fmt: skip
-    if shown:
-        lines += ["", f"**Our settings that are not the defaults: {shown}.**"]
-    for name, (heading, fixed) in TABLES.items():
-        rows = [[heading, "Report, %", *ours]]
-        for label, reported, key in table_rows(name):
-            cells = [accuracy(runs.get((key, n), [])) for n in lengths]
-            rows.append([label, f"{reported:.2f}", *cells])
-        title = "Extended run" if name == "extended" else f"Table {name}"
-        lines += ["", f"### {title}: {heading.lower()}", "", f"{fixed}.", "", *table(rows)]
-    lines += ["", "### The report's conclusions", "", *verdicts(runs), "", author_noise()]
-    if left_out:
-        lines += ["", "Logs left out:", "", *(f"- `{name}`: {why}" for name, why in left_out)]
-    return "\n".join(lines)
+def verdicts(rows: list[Row], runs: list[Run]) -> str:
+    """A table of what the report concludes, and what our full-length runs say of it."""
+    claims = [(best(rows, row.table), row) for row in rows if row != best(rows, row.table)]
+    claims += [(row, rows[0]) for row in rows[1:3]]  # Adam is the lowest of Table 4
+    claims += [(rows[-1], best(rows, "7"))]  # the extended run against Table 8's
+    cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap", "95 % interval",
+              "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
+    for better, worse in sorted(claims, key=lambda claim: claim[0].table):
+        both = {kind: [finals(runs, row, kind) for row in (better, worse)] for kind in ARITHMETIC}
+        # The arithmetic with most runs of the side that has fewer, then of the other side.
+        kind = max(both, key=lambda kind: sorted(len(side) for side in both[kind]))
+        a, b = both[kind]
+        gap = fmean(a) - fmean(b) if a and b else math.nan
+        interval, word = "", "not tested"
+        if min(len(a), len(b)) >= 2:
+            half = welch(a, b)
+            interval = f"{gap - half:+.2f} to {gap + half:+.2f}"
+            word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
+        cells.append([
+            better.table, *names([better.setting, worse.setting]),
+            f"{better.accuracy - worse.accuracy:+.2f}", f"{gap:+.2f}" if a and b else "", interval,
+            kind if a or b else "", f"{len(a)}, {len(b)}" if a or b else "", word,
+        ])  # fmt: skip
+    return table(cells)
 
 
-def rewrite_readme(path: Path, text: str) -> None:
-    """Put text between the markers of a Markdown file; exits if they are not there once each."""
-    try:
-        before, rest = path.read_bytes().decode().split("<!-- tables -->")
-        _, after = rest.split("<!-- /tables -->")
-    except ValueError:
-        sys.exit(f"report.py: {path} needs one <!-- tables --> and one <!-- /tables --> after it")
-    new = path.with_name(path.name + ".tmp")
-    new.write_bytes(f"{before}<!-- tables -->\n{text}\n<!-- /tables -->{after}".encode())
-    new.replace(path)
+def starts(rows: list[Row], runs: list[Run]) -> str:
+    """A table of the loss just before the first decay of our shortest run of each setting."""
+    author = read_author()
+    cells = [[*Setting._fields, "Iteration", "Author's loss", "Author's equal runs"]]
+    cells[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
+    for setting in dict.fromkeys(row.setting for row in rows):
+        ours = [run for run in runs if run.setting == setting and setting.step // run.n >= 100]
+        if not ours:
+            continue
+        end = setting.step // ours[-1].n // 100 * 100
+        # Until the first decay neither its time nor its rate matters.
+        equal = [loss[end] for (other, _), loss in author.items()
+                 if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
+        spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
+        theirs = author[setting, FIXED["gamma"]][end]
+        cells.append([*map(str, setting), str(end), f"{theirs:.3f}", spread])
+        ours.sort(key=lambda run: run.n, reverse=True)  # of each seed the longest, the last, counts
+        for kind in ARITHMETIC:
+            losses = {run.seed: run.loss[end] for run in ours
+                      if run.arithmetic == kind and end in run.loss}  # fmt: skip
+            cells[-1].append(several(list(losses.values()), 3))
+    return table(cells)
+
+
+def all_runs(runs: list[Run]) -> str:
+    """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
+    cells = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
+    for run in runs:
+        final, length = (f"{run.accuracy:.2f}", "full") if run.n == 1 else ("", f"1/{run.n}")
+        link = f"[{run.file.removesuffix('.csv')}]({run.file})"
+        cells.append([link, length, run.seed, run.arithmetic, final, run.machine])
+    return table(cells)
 
 
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def draw_panel(ax, rows: list, runs: dict, column: str, n: int) -> None:
-    """Draw the author's logs dashed and our runs at 1/n solid, for n > 1 until their first decay:
-    the mean over seeds, and a band from the lowest to the highest."""
-    author = {run["key"]: run for run in read_author() if not run["settings"]}
-    for (label, reported, key), color, marker in zip(rows, COLOURS, MARKERS):
-        step, end = key[3], key[4] if n == 1 else key[3] // n
-        ours = runs.get((key, n), [])
-        label = f"{label}: {reported:.2f}" + (f", ours {accuracy(ours)}" if ours else "")
-        dashed = {"linestyle": (0, (4, 1.5)), "markerfacecolor": "white", "label": label}
-        for lines, style in (([author[key][column]], dashed), ([run[column] for run in ours], {})):
-            x = [i for i in sorted(set().union(*lines)) if i <= end and all(i in y for y in lines)]
-            y = [[line[i] for line in lines] for i in x]
-            marks = [at for at, i in enumerate(x) if i % step == 0 or i == x[-1]]
-            ax.plot(x, [*map(fmean, y)], color=color, marker=marker, markevery=marks, **style)
-            ax.fill_between(x, [*map(min, y)], [*map(max, y)], color=color, alpha=0.25, linewidth=0)
-    ax.set(xlabel="iteration (markers: learning-rate decays and end)", xlim=0)
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.set_title(f"Ours at 1/{n}, until their first decay" if n > 1 else "")
-    ax.set_ylabel("training loss" if column == "loss" else "test accuracy, %")
-    if column == "loss" and n == 1:
+def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
+    """Draw the author's losses of some settings dashed, and those of our runs at 1/n as a mean
+    with a band from the lowest to the highest; where n > 1 until our first decay."""
+    author = read_author()
+    for setting, name, color, marker in zip(settings, names(settings), COLOURS, MARKERS):
+        end = setting.iters if n == 1 else setting.step // n // 100 * 100
+        lines = [(f"{name}, author", "--", "white", [author[setting, FIXED["gamma"]]])]
+        for kind, style in ARITHMETIC.items():
+            ours = [run.loss for run in select(runs, setting, n, kind)]
+            lines += [(f"{name}, ours in {kind}", style, color, ours)] if ours else []
+        for label, style, face, losses in lines:
+            x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
+            y = [[loss[i] for loss in losses] for i in x]
+            marked = [at for at, i in enumerate(x) if i % setting.step == 0 or i == end]
+            ax.plot(x, [fmean(values) for values in y], color=color, label=label, linestyle=style,
+                    marker=marker, markevery=marked, markerfacecolor=face)  # fmt: skip
+            low, high = [min(values) for values in y], [max(values) for values in y]
+            ax.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+    title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
+    ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
+    ax.set(xlabel="iteration (markers: decays of the rate, and the end)", ylabel="training loss")
+    ax.grid(color="0.9")
+    if n == 1:
         ax.set_yscale("log", subs=(2, 5))
         ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
 
 
-def draw_figure(number: int, shown: str, runs: dict):
-    """The report's Figure 4, 5, 6, 7 or 8 as a matplotlib Figure, from what collect returned.
-    Figure 8 is the extended run and the best of Table 7, with the test accuracy of ours."""
-    from matplotlib import rc_context
+def draw_figure(number: int, rows: list[Row], runs: list[Run]):
+    """The report's Figure 4, 5, 6 or 7, the losses of that table's rows, or 8, those of Table 8's
+    run and of the extended one, as a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    name, (heading, fixed) = list(TABLES.items())[number - 4]
-    title, rows = f"Figure {number}: training loss by {heading.lower()}", table_rows(name)
+    settings = [row.setting for row in rows if row.table == str(number)]
     if number == 8:
-        title, fixed = "Figure 8: best performance", "SGD, learning rate 0.3, batch size 128"
-        rows.insert(0, max(table_rows("7"), key=lambda row: row[1]))
-        rows = [(f"{k[4]:,} iterations, step {k[3]:,}", best, k) for _, best, k in rows]
-    lengths = sorted({n for *_, key in rows for k, n in runs if k == key and key[3] // n >= 100})
-    panels = [("loss", 1)] + [("test_acc", 1)] * (number == 8 and 1 in lengths)
-    panels += [("loss", n) for n in lengths if n > 1]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(8, 2.2 + 2.8 * len(panels)), dpi=150, layout="constrained")
-        axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-        for ax, (column, n) in zip(axes, panels):
-            draw_panel(ax, rows, runs, column, n)
-        axes[0].set_title(f"{title}\n{fixed}" + f"\n{shown}" * bool(shown))
-        figure.legend(handles=axes[0].lines[::2], loc="outside lower left", alignment="left",
-                      title="Final accuracy, % (dashed: author, solid: ours)")  # fmt: skip
+        settings = [best(rows, "7").setting, rows[-1].setting]
+    ours = [run for run in runs if run.setting in settings and run.setting.step // run.n >= 100]
+    lengths, lines = sorted({1} | {run.n for run in ours}), {}
+    figure = Figure(figsize=(8, 2.5 + 3 * len(lengths)), dpi=150, layout="constrained")
+    for ax, n in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths):
+        draw_panel(ax, n, settings, runs)
+        lines |= {line.get_label(): line for line in ax.lines}
+    fixed = [f"{name} {values[0]}" for name, values in zip(Setting._fields, zip(*settings))
+             if len(set(values)) == 1]  # fmt: skip
+    figure.suptitle(f"Figure {number}: training loss, {', '.join(fixed)}", x=0.01, ha="left")
+    handles = sorted(lines.values(), key=lambda line: "ours" in line.get_label())
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False)
     return figure
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def renew(path: Path, parts: dict[str, str]) -> bytes:
+    """The content of a page, with each part put between its markers where it has them."""
+    text = path.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if start in text and end in text:
+            text = text.split(start)[0] + start + part + end + text.split(end)[1]
+    return text.encode()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"report.py: {message} (see --help)\n")
-    parser.add_argument("--logs", default="logs", help="folder with train.py's CSV files (./logs)")
-    parser.add_argument("--readme", type=Path, help="Markdown file whose tables to rewrite")
-    parser.add_argument("--figures", type=Path, help="folder for figure4.png ... figure8.png")
+    add = parser.add_argument
+    add("--logs", type=Path, default=Path("logs"), help="folder of train.py's logs (./logs)")
+    add("--figures", type=Path, help="folder for figure4.png ... figure8.png")
+    add("--readme", type=Path, nargs="+", default=[], help="pages whose computed parts to renew")
     args = parser.parse_args()
-    if not Path(args.logs).is_dir():
+    if not args.logs.is_dir():
         sys.exit(f"report.py: no folder {args.logs}: train first, or try --logs results")
     try:
-        shown, runs, left_out = collect(args.logs)
-        text = markdown(shown, runs, left_out)
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # `| head` has read enough; the files are still written
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if args.readme:
-            rewrite_readme(args.readme, text)
-        if args.figures:
-            args.figures.mkdir(parents=True, exist_ok=True)
-            for number in range(4, 9):
-                draw_figure(number, shown, runs).savefig(args.figures / f"figure{number}.png")
+        rows = read_rows()
+        runs, left_out = collect(args.logs, rows)
+        parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
+                 "start of training": starts(rows, runs), "runs": all_runs(runs),
+                 "logs left out": "\n".join(left_out) or "None."}  # fmt: skip
+        files = {path: renew(path, parts) for path in args.readme}
+        for number in range(4, 9) if args.figures else ():
+            image = io.BytesIO()
+            draw_figure(number, rows, runs).savefig(image, metadata={"Software": None})
+            files[args.figures / f"figure{number}.png"] = image.getvalue()
+        for path, content in files.items():  # none is replaced before all are made
+            new = path.with_name(path.name + ".tmp")
+            new.write_bytes(content)
+            new.replace(path)
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
+        for name, part in parts.items():
+            print(f"## {name.capitalize()}\n\n{part}\n", flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
     except OSError as error:
