@@ -1,9 +1,11 @@
 """The logs of train.py beside the report: a page in Markdown, and Figures 4-8.
 
-    python report.py                     # prints the page of ./logs; --logs DIR of other logs
-    python report.py --figures logs      # also draws logs/figure4.png ... (needs matplotlib)
-    python report.py --logs results --figures results --readme README.md results/README.md
-                                         # renews all that is committed
+    python report.py
+    python report.py --figures logs
+    python report.py --logs results --figures results --write
+
+The first prints the page for the logs in ./logs; the second also draws logs/figure4.png and so on,
+which needs matplotlib; the third renews all that is committed.
 
 A log counts when it is complete and has the report's settings, at full length or at 1/n of it
 (run_all.sh --shorten n). Every other log is named with the reason why it does not.
@@ -11,9 +13,9 @@ A log counts when it is complete and has the report's settings, at full length o
 
 import argparse
 import csv
-import io
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from statistics import fmean, stdev, variance
@@ -60,8 +62,6 @@ class Run(NamedTuple):
 
 
 # ---- reading -------------------------------------------------------------------------------------
-
-
 def as_setting(values: dict[str, str]) -> Setting:
     numbers = (int(values[name]) for name in ("bs", "step", "iters"))
     return Setting(values["optimizer"], float(values["lr0"]), *numbers)
@@ -74,7 +74,6 @@ def read_rows() -> list[Row]:
     rows = []
     for line in lines:
         values = dict(zip(header.strip("# ").split(), line.split()))
-        values["lr0"] = values["lr"]  # as the logs name it
         rows.append(Row(values["table"], float(values["accuracy"]), as_setting(values)))
     return rows
 
@@ -114,9 +113,7 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     if not lines:
         raise ValueError("incomplete: no line yet")
     last, ends, hundreds = lines[-1], [int(line["iteration"]) for line in lines], {}
-    constant = last.keys() - {"device", "torch", "iteration", "lr", "loss", "test_acc", "seconds"}
-    alike = all(line[name] == last[name] for line in lines for name in constant)
-    if not alike or ends != sorted(set(ends)) or ends[0] < 1:
+    if ends != sorted(set(ends)) or any(as_setting(line) != as_setting(last) for line in lines):
         raise ValueError("damaged: its lines do not belong together")
     for end, line in zip(ends, lines):
         hundreds.setdefault(math.ceil(end / 100) * 100, []).append(float(line["loss"]))
@@ -156,8 +153,6 @@ def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
 
 
 # ---- the page ------------------------------------------------------------------------------------
-
-
 def t_quantile(dof: float) -> float:
     """The t that |T| exceeds in 5 % of cases, for Student's T with dof >= 1 degrees of freedom."""
     # T = sqrt(dof) * tan(angle), and the angle's density is as cos(angle) ** (dof - 1).
@@ -205,14 +200,10 @@ def best(rows: list[Row], name: str) -> Row:
     return max((row for row in rows if row.table == name), key=lambda row: row.accuracy)
 
 
-def select(runs: list[Run], setting: Setting, n: int, kind: str) -> list[Run]:
-    """The runs at 1/n of a setting in one arithmetic."""
-    return [run for run in runs if (run.setting, run.n, run.arithmetic) == (setting, n, kind)]
-
-
 def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
-    return [run.accuracy for run in select(runs, row.setting, 1, kind)]
+    same = (row.setting, 1, kind)
+    return [run.accuracy for run in runs if (run.setting, run.n, run.arithmetic) == same]
 
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
@@ -238,10 +229,9 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
                 interval = f"± {half:.2f}, report {place}"
             cells[-1] += [several(ours), difference, interval]
     total = len({row.setting for row in rows})
-    have = "has" if len(trained) == 1 else "have"
     rest = "; whether the others reproduce is open" if len(trained) < total else ""
     return f"""\
-{len(trained)} of the report's {total} settings {have} been trained here at full length{rest}.
+Of the report's {total} settings {len(trained)} ran here at full length{rest}.
 The largest difference from the report's accuracy is {largest[1]}.
 
 {table(cells)}"""
@@ -308,8 +298,6 @@ def all_runs(runs: list[Run]) -> str:
 
 
 # ---- figures -------------------------------------------------------------------------------------
-
-
 def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
     """Draw the author's losses of some settings dashed, and those of our runs at 1/n as a mean
     with a band from the lowest to the highest; where n > 1 until our first decay."""
@@ -318,7 +306,8 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
         lines = [(f"{name}, author", "--", "white", [author[setting, FIXED["gamma"]]])]
         for kind, style in ARITHMETIC.items():
-            ours = [run.loss for run in select(runs, setting, n, kind)]
+            same = (setting, n, kind)
+            ours = [r.loss for r in runs if (r.setting, r.n, r.arithmetic) == same]
             lines += [(f"{name}, ours in {kind}", style, color, ours)] if ours else []
         for label, style, face, losses in lines:
             x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
@@ -360,48 +349,47 @@ def draw_figure(number: int, rows: list[Row], runs: list[Run]):
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
-
-def renew(path: Path, parts: dict[str, str]) -> bytes:
-    """The content of a page, with each part put between its markers where it has them."""
-    text = path.read_text(encoding="utf-8")
+def renew(page: Path, parts: dict[str, str]) -> str:
+    """The text of a page, with each part put between its markers."""
+    text = page.read_text(encoding="utf-8")
     for name, part in parts.items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if start in text and end in text:
+        if start in text:
             text = text.split(start)[0] + start + part + end + text.split(end)[1]
-    return text.encode()
+    return text
+
+
+def parse_args() -> argparse.Namespace:
+    raw, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"report.py: {message} (--help)\n")
+    parser.add_argument("--logs", type=path, default="logs", help="folder of logs (./logs)")
+    parser.add_argument("--figures", type=path, help="folder for figure4.png ... figure8.png")
+    parser.add_argument("--write", action="store_true", help="renew README.md, results/README.md")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"report.py: {message} (see --help)\n")
-    add = parser.add_argument
-    add("--logs", type=Path, default=Path("logs"), help="folder of train.py's logs (./logs)")
-    add("--figures", type=Path, help="folder for figure4.png ... figure8.png")
-    add("--readme", type=Path, nargs="+", default=[], help="pages whose computed parts to renew")
-    args = parser.parse_args()
-    if not args.logs.is_dir():
+    args = parse_args()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
+    if not os.path.isdir(args.logs):
         sys.exit(f"report.py: no folder {args.logs}: train first, or try --logs results")
     try:
         rows = read_rows()
-        runs, left_out = collect(args.logs, rows)
+        runs, left_out = collect(Path(args.logs), rows)
         parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
                  "start of training": starts(rows, runs), "runs": all_runs(runs),
                  "logs left out": "\n".join(left_out) or "None."}  # fmt: skip
-        files = {path: renew(path, parts) for path in args.readme}
         for number in range(4, 9) if args.figures else ():
-            image = io.BytesIO()
-            draw_figure(number, rows, runs).savefig(image, metadata={"Software": None})
-            files[args.figures / f"figure{number}.png"] = image.getvalue()
-        for path, content in files.items():  # none is replaced before all are made
-            new = path.with_name(path.name + ".tmp")
-            new.write_bytes(content)
-            new.replace(path)
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
-        for name, part in parts.items():
-            print(f"## {name.capitalize()}\n\n{part}\n", flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            path = Path(args.figures, f"figure{number}.png")
+            draw_figure(number, rows, runs).savefig(path, metadata={"Software": None})
+        for page in (HERE / "README.md", HERE / "results" / "README.md"):
+            text = renew(page, parts)
+            if args.write:
+                page.write_text(text, encoding="utf-8", newline="\n")
+        print(text, end="")
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
     except OSError as error:

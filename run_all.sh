@@ -14,7 +14,7 @@
 
 # The rows, with the report's accuracy in percent; report.py reads them from here.
 rows='
-# table    accuracy  optimizer  lr   bs   step   iters
+# table    accuracy  optimizer  lr0  bs   step   iters
 4          60.47      adam       0.1  64   5000   32000
 4          88.51      sgd        0.1  64   5000   32000
 4          84.90      adagrad    0.1  64   5000   32000
