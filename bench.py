@@ -81,8 +81,8 @@ def our_step(split: data.Split, flags: list[str], device: torch.device):
     args = train.parse_args(flags)
     model = ResNet().to(device, memory_format=data.layout(device))
     train_batch = train.make_train_batch(args, model, train.make_optimizer(args, model), split)
-    batches = data.batches(split, args.bs, args.seed)
-    full = (batch for batch in batches if batch.shape[1] == args.bs)
+    plans = data.plans(split, args.bs, args.seed)
+    full = (plan for plan in plans if plan.shape[1] == args.bs)  # no epoch's short last batch
     loss_sum = torch.zeros((), device=device)
     return lambda: loss_sum.add_(train_batch(next(full)))
 
@@ -133,7 +133,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, default=50, help="steps in a turn (50)")
     add("--rounds", type=int, default=10, help="turns of each (10)")
     add("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
-    add("--compile", action="store_true", help="CUDA: time the compiled network, too")
+    add("--compile", action="store_true", help="time the compiled network, too")
     add("--csv", type=path, help="file to write the figures to as well")
     add("--data", type=path, default="./data", help="folder with CIFAR-10, or `synthetic`")
     add("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
@@ -144,17 +144,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace, writer) -> None:
+def measure(args: argparse.Namespace, split: data.Split, device: torch.device, writer) -> None:
     """Print a row of a Markdown table for each batch size and code; the csv writer gets it, too."""
-    device = train.open_device(args.device, args.precision)
     ways = {"this code": ["--no-graph"]}
     if device.type == "cuda":
         ways["this code, recorded"] = []
-    if device.type == "cuda" and args.compile:
+    if args.compile:
         ways["this code, compiled"] = ["--compile"]
-    split, _ = data.load(args.data, device)
-    if max(args.bs) > len(split.labels):
-        sys.exit(f"bench.py: {len(split.labels):,} images are too few for --bs {max(args.bs)}")
     machine, flop = train.device_name(device), flop_per_image()
     print(f"{machine}, torch {torch.__version__}, {args.precision}, {args.workers} workers")
     print("\n| batch | code | ms a step | images/s | TFLOP/s | ratio |\n|--:|---|--:|--:|--:|--:|")
@@ -164,7 +160,7 @@ def measure(args: argparse.Namespace, writer) -> None:
         for name, flags in ways.items():
             flags = ["--bs", str(bs), "--precision", args.precision, *flags]
             steps[name] = our_step(split, flags, device)
-        for name, step in steps.items():
+        for name, step in reversed(steps.items()):  # the usual loop's threads disturb recordings
             start(f"batch {bs}, {name}", step, device)
         turns = time_turns(steps, device, args.rounds, args.steps)
         medians = {name: statistics.median(turn) for name, turn in turns.items()}
@@ -184,13 +180,17 @@ def main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
     sys.stdout.reconfigure(encoding="utf-8")  # for the ±
     header = "device torch precision bs rounds steps code ms spread images_per_s tflops ratio"
+    device = train.open_device(args.device, args.precision)
     try:
+        split, _ = data.load(args.data, device)
+        if max(args.bs) > len(split.labels):
+            raise data.DataError(f"only {len(split.labels):,} images for --bs {max(args.bs)}")
         if args.csv:
             Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv or os.devnull, "w", newline="", buffering=1) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(header.split())
-            measure(args, writer)
+            measure(args, split, device, writer)
     except data.DataError as error:
         sys.exit(f"bench.py: {error}")
     except OSError as error:

@@ -92,11 +92,12 @@ def fetch(root: Path) -> None:
             download_and_extract_archive(CIFAR10.url, folder, new, md5=CIFAR10.tgz_md5)
         except Exception as error:  # whatever a network or an archive may raise
             raise DataError(
-                f"no CIFAR-10 in {root}, and its download failed ({error}): put {CIFAR10.url} "
-                f"into {root}, or try --data synthetic"
+                f"no CIFAR-10 in {root}, and it cannot be fetched or unpacked ({error}): put the "
+                f"original of {CIFAR10.url} there, or try --data synthetic"
             ) from error
         root.mkdir(exist_ok=True)
-        os.replace(Path(new, CIFAR10.base_folder), root / CIFAR10.base_folder)
+        if not (root / CIFAR10.base_folder).exists():  # another process may have been faster
+            os.replace(Path(new, CIFAR10.base_folder), root / CIFAR10.base_folder)
 
 
 def synthetic() -> list[Split]:
@@ -130,15 +131,15 @@ def epoch_plan(split: Split, seed: int, epoch: int) -> Tensor:
     return plan.to(device)
 
 
-def batches(split: Split, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+def plans(split: Split, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
     """The plans of iterations start, start + 1, ...: int64 [4, b].
 
     An epoch's last batch may be short. Iteration t has the same batch wherever a run starts.
     """
     per_epoch = math.ceil(len(split.labels) / batch_size)
     for epoch in itertools.count(start // per_epoch):
-        plans = epoch_plan(split, seed, epoch).split(batch_size, dim=1)
-        yield from plans[max(0, start - epoch * per_epoch) :]
+        batches = epoch_plan(split, seed, epoch).split(batch_size, dim=1)
+        yield from batches[max(0, start - epoch * per_epoch) :]
 
 
 def layout(device: torch.device) -> torch.memory_format:
