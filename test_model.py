@@ -1243,7 +1243,8 @@ def test_bench(tmp_path, monkeypatch, capsys):
     assert f"| 4 | this code | {ours['ms']} ± " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["x", "--data synthetic --bs 4 1001", "--data synthetic --bs 4 --csv /dev/full"])
+@pytest.mark.parametrize("flags", [
+    "x", "--data synthetic --bs 4 1001", "--data synthetic --csv /dev/full"])  # fmt: skip
 def test_errors_of_bench_come_before_the_timing(flags):
     result = script("bench.py", *flags.split())
     assert result.returncode in (1, 2) and not result.stdout
