@@ -385,11 +385,10 @@ def main() -> None:
         for number in range(4, 9) if args.figures else ():
             path = Path(args.figures, f"figure{number}.png")
             draw_figure(number, rows, runs).savefig(path, metadata={"Software": None})
-        for page in (HERE / "README.md", HERE / "results" / "README.md"):
-            text = renew(page, parts)
-            if args.write:
-                page.write_text(text, encoding="utf-8", newline="\n")
-        print(text, end="")
+        pages = [HERE / "README.md", HERE / "results" / "README.md"]
+        for page in pages if args.write else ():
+            page.write_text(renew(page, parts), encoding="utf-8", newline="\n")
+        print(renew(pages[1], parts), end="")
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
     except OSError as error:

@@ -70,7 +70,7 @@ if [ "$list" ]; then
   exit
 fi
 
-python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || {
+python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2> /dev/null || {
   echo "run_all.sh: no python with PyTorch here; activate the environment" \
     "(source .venv/bin/activate) and start again" >&2
   exit 127; }
