@@ -231,7 +231,7 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
     total = len({row.setting for row in rows})
     rest = "; whether the others reproduce is open" if len(trained) < total else ""
     return f"""\
-Of the report's {total} settings {len(trained)} ran here at full length{rest}.
+Full-length runs here: {len(trained)} of the report's {total} settings{rest}.
 The largest difference from the report's accuracy is {largest[1]}.
 
 {table(cells)}"""

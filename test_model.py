@@ -894,7 +894,7 @@ def test_t_quantile_and_welch():
 
 def test_summary(tmp_path):
     text = parts(tmp_path)["summary"]
-    assert text.startswith("Of the report's 13 settings 0 ran here at full length; whether the ")
+    assert text.startswith("Full-length runs here: 0 of the report's 13 settings; whether the ")
     assert "is not known yet." in text and "Ours" not in text and text.count("\n|") == 18
     for row in ROWS:
         write_log(tmp_path, *(float(row[1]) + d for d in (0.1, 0.2, 0.6)), **setting(row))
@@ -907,7 +907,7 @@ def test_summary(tmp_path):
     tf32 = {tuple(ROWS[7][2:]): "85.00, 84.00 | -0.46"}
     bf16 = {tuple(ROWS[12][2:]): f"91.83 ± 2.75 (3) | +0.76 | ± {half[1]:.2f}, report inside"}
     assert lines == [
-        "Of the report's 13 settings 13 ran here at full length.",
+        "Full-length runs here: 13 of the report's 13 settings.",
         "The largest difference from the report's accuracy is +0.76 percentage points,",
         "91.83 ± 2.75 (3) % against 91.07 % (sgd, lr 0.3, bs 128, step 5000, iters 32000; "
         "bf16, runs: 3).",
