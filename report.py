@@ -320,6 +320,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
     title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
     ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
     ax.set(xlabel="iteration (markers: decays of the rate, and the end)", ylabel="training loss")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.grid(color="0.9")
     if n == 1:
         ax.set_yscale("log", subs=(2, 5))
@@ -335,16 +336,13 @@ def draw_figure(number: int, rows: list[Row], runs: list[Run]):
     if number == 8:
         settings = [best(rows, "7").setting, rows[-1].setting]
     ours = [run for run in runs if run.setting in settings and run.setting.step // run.n >= 100]
-    lengths, lines = sorted({1} | {run.n for run in ours}), {}
-    figure = Figure(figsize=(8, 2.5 + 3 * len(lengths)), dpi=150, layout="constrained")
+    lengths = sorted({1} | {run.n for run in ours})
+    figure = Figure(figsize=(10, 0.5 + 3.5 * len(lengths)), dpi=150, layout="constrained")
     for ax, n in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths):
         draw_panel(ax, n, settings, runs)
-        lines |= {line.get_label(): line for line in ax.lines}
     fixed = [f"{name} {values[0]}" for name, values in zip(Setting._fields, zip(*settings))
              if len(set(values)) == 1]  # fmt: skip
     figure.suptitle(f"Figure {number}: training loss, {', '.join(fixed)}", x=0.01, ha="left")
-    handles = sorted(lines.values(), key=lambda line: "ours" in line.get_label())
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False)
     return figure
 
 
