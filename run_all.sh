@@ -87,10 +87,8 @@ done
 
 logs=logs  # where train.py wrote them
 for ((i = 1; i <= $#; i++)); do
-  case ${!i} in
-    --logs) logs=${*:i+1:1} ;;
-    --logs=*) logs=${!i#--logs=} ;;
-  esac
+  [[ ${!i} != --logs ]] || logs=${*:i+1:1}
+  [[ ${!i} != --logs=* ]] || logs=${!i#--logs=}
 done
 python report.py --logs "$logs" || failed="${failed}run_all.sh: report.py failed"$'\n'
 printf '%s' "$failed" >&2
