@@ -320,7 +320,7 @@ def check_against_cpu(model: ResNet, split: data.Split) -> None:
         loss = F.cross_entropy(twin(data.augment(data.pad(images), plan)), labels[plan[0]])
         loss.backward()
         results.append([loss.detach().cpu(), *(p.grad.cpu() for p in twin.parameters())])
-    # Errors of 1e-4 in each convolution give 0.2, by ReLU's kinks; a wrong gradient gives 1 or more.
+    # Errors of 1e-4 in each convolution give 0.2, by ReLU's kinks; a wrong gradient gives about 1.
     if not all((here - cpu).norm() <= 0.5 * cpu.norm() for here, cpu in zip(*results)):
         fail(f"PyTorch {torch.__version__} computes wrong gradients on {split.labels.device.type}, "
              "compared with the CPU: use --device cpu, or a newer PyTorch")  # fmt: skip
