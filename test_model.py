@@ -1071,6 +1071,11 @@ def test_numbers_in_the_text():
     gammas = [AUTHOR[run]["test_acc"] for run in ("0406234842", "0407002842")]
     epochs = [round(32000 / math.ceil(50000 / bs)) for bs in (32, 64, 128, 256)]
     logged = {x["iteration"]: x["test_acc"] for x in log("sgd_lr0.1_bs64_step500_iters3200")}
+    twins = [log(f"sgd_lr0.3_bs32_step5000{kind}") for kind in ("_bf16", "")]
+    author = LOSS["0406204434"]
+    ratios32 = [statistics.fmean(float(x["loss"]) for x in twin[end - 10 : end])
+                / statistics.fmean(author[100 * i] for i in range(end - 9, end + 1))
+                for end in (50, 320) for twin in twins]  # fmt: skip
     timings = read_rows(RESULTS / "bench" / "cpu.csv")
     step = {x["bs"]: float(x["ms"]) * 32 / 3600 for x in timings if x["code"] == "this code"}
     ratios = [float(x["ratio"]) for x in timings if x["code"] == "this code"]
@@ -1084,6 +1089,10 @@ def test_numbers_in_the_text():
         (page, "iterations {:.4f} and {:.4f}, on either side of the {:.4f} of".format(*late)),
         (page, f"batch 256 ends at {late[3]:.4f} too, with 90.40 % against 92.65 %."),
         (page, "see the data {}, {}, {} and {} times".format(*epochs)),
+        (page, f"32 ends at {twins[0][-1]['test_acc']} % in [bf16]"),
+        (page, f"and at {twins[1][-1]['test_acc']} % in [float32]"),
+        (page, "{:.2f} times the author's in bf16 and {:.2f} times in float32".format(*ratios32)),
+        (page, "1,000 iterations {:.2f} and {:.2f} times".format(*ratios32[2:])),
         (page, f"[{logged['2000']} %]"),
         (page, f"and {logged['3200']} % at its end"),
         (main, f"between {min(adam):.2f} and {max(adam):.2f} from iteration 1,000 to 5,000"),
