@@ -200,10 +200,15 @@ def best(rows: list[Row], name: str) -> Row:
     return max((row for row in rows if row.table == name), key=lambda row: row.accuracy)
 
 
+def select(runs: list[Run], setting: Setting, n: int, kind: str) -> list[Run]:
+    """The runs at 1/n of a setting in one arithmetic."""
+    same = (setting, n, kind)
+    return [run for run in runs if (run.setting, run.n, run.arithmetic) == same]
+
+
 def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
-    same = (row.setting, 1, kind)
-    return [run.accuracy for run in runs if (run.setting, run.n, run.arithmetic) == same]
+    return [run.accuracy for run in select(runs, row.setting, 1, kind)]
 
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
@@ -306,8 +311,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
         lines = [(f"{name}, author", "--", "white", [author[setting, FIXED["gamma"]]])]
         for kind, style in ARITHMETIC.items():
-            same = (setting, n, kind)
-            ours = [r.loss for r in runs if (r.setting, r.n, r.arithmetic) == same]
+            ours = [run.loss for run in select(runs, setting, n, kind)]
             lines += [(f"{name}, ours in {kind}", style, color, ours)] if ours else []
         for label, style, face, losses in lines:
             x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
