@@ -24,7 +24,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 FIXED = {"gamma": "0.2", "momentum": "0.9", "betas": "0.7 0.7", "wd": "0.0001", "data": "cifar10"}
 ARITHMETIC = {"float32": "-", "TF32": "-.", "bf16": ":"}  # and how a figure draws our runs in it
-COLOURS, MARKERS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], "os^D"  # Okabe-Ito
+COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]  # Okabe-Ito
 
 
 class Setting(NamedTuple):
@@ -109,29 +109,26 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     """The run of a log. Raises ValueError with the reason if it does not count, or LookupError."""
     text = path.read_text(encoding="utf-8")
     text = text[: text.rfind("\n") + 1]  # a last line without its end is still being written
-    lines = list(csv.DictReader(text.splitlines(), restval=""))
+    lines = list(csv.DictReader(text.splitlines()))
     if not lines:
         raise ValueError("incomplete: no line yet")
-    last, ends, hundreds = lines[-1], [int(line["iteration"]) for line in lines], {}
-    if ends != sorted(set(ends)) or any(as_setting(line) != as_setting(last) for line in lines):
-        raise ValueError("damaged: its lines do not belong together")
-    for end, line in zip(ends, lines):
-        hundreds.setdefault(math.ceil(end / 100) * 100, []).append(float(line["loss"]))
-        if not math.isfinite(float(line["loss"])):
-            raise ValueError(f"diverged: the loss is {line['loss']} at iteration {end}")
+    last, hundreds = lines[-1], {}
+    if not math.isfinite(float(last["loss"])):
+        raise ValueError(f"diverged: the loss is {last['loss']} at iteration {last['iteration']}")
+    if last["iteration"] != last["iters"] or not last["test_acc"]:
+        raise ValueError(f"incomplete: {last['iteration']} of {last['iters']} iterations")
     kinds = sorted({arithmetic(line) for line in lines})
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others or len(kinds) > 1:
         raise ValueError(f"other settings: {', '.join(others or kinds)}")
-    if ends[-1] != int(last["iters"]) or not last["test_acc"]:
-        raise ValueError(f"incomplete: {ends[-1]} of {last['iters']} iterations")
-    machines = dict.fromkeys(f"{line['device']}, PyTorch {line['torch']}" for line in lines)
-    return Run(
-        path.name, *full_setting(as_setting(last), rows), last["seed"], kinds[0],
-        accuracy=float(last["test_acc"]),
-        loss={hundred: fmean(losses) for hundred, losses in hundreds.items()},
-        machine=", then ".join(machines),
-    )  # fmt: skip
+    for line in lines:
+        hundred = math.ceil(int(line["iteration"]) / 100) * 100
+        hundreds.setdefault(hundred, []).append(float(line["loss"]))
+    loss = {hundred: fmean(losses) for hundred, losses in hundreds.items()}
+    machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
+    setting, n = full_setting(as_setting(last), rows)
+    accuracy = float(last["test_acc"])
+    return Run(path.name, setting, n, last["seed"], kinds[0], accuracy, loss, machine)
 
 
 def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
@@ -213,8 +210,7 @@ def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
     """Two sentences, and a table of all rows: the report's accuracy, ours, and the difference."""
-    cells = [["Table", *Setting._fields, "Report, %"]]
-    trained, largest = set(), (-1, "not known yet")
+    cells, largest = [["Table", *Setting._fields, "Report, %"]], (-1, "not known yet")
     for kind in ARITHMETIC:
         cells[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
     for row in rows:
@@ -222,7 +218,6 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
         for kind in ARITHMETIC:
             ours, difference, interval = finals(runs, row, kind), "", ""
             if ours:
-                trained.add(row.setting)
                 gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
                 text = f"""{difference} percentage points,
@@ -230,13 +225,13 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
                 largest = max(largest, (abs(gap), text))
             if len(ours) >= 3:
                 half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
-                place = "inside" if abs(gap) <= half else "outside"
-                interval = f"± {half:.2f}, report {place}"
+                interval = f"± {half:.2f}, report {'inside' if abs(gap) <= half else 'outside'}"
             cells[-1] += [several(ours), difference, interval]
     total = len({row.setting for row in rows})
-    rest = "; whether the others reproduce is open" if len(trained) < total else ""
+    trained = len({run.setting for run in runs if run.n == 1})
+    rest = "; whether the others reproduce is open" if trained < total else ""
     return f"""\
-Full-length runs here: {len(trained)} of the report's {total} settings{rest}.
+Full-length runs here: {trained} of the report's {total} settings{rest}.
 The largest difference from the report's accuracy is {largest[1]}.
 
 {table(cells)}"""
@@ -247,23 +242,21 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
     claims = [(best(rows, row.table), row) for row in rows if row != best(rows, row.table)]
     claims += [(row, rows[0]) for row in rows[1:3]]  # Adam is the lowest of Table 4
     claims += [(rows[-1], best(rows, "7"))]  # the extended run against Table 8's
-    cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap", "95 % interval",
+    cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
               "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
     for better, worse in sorted(claims, key=lambda claim: claim[0].table):
         both = {kind: [finals(runs, row, kind) for row in (better, worse)] for kind in ARITHMETIC}
         # The arithmetic with most runs of the side that has fewer, then of the other side.
         kind = max(both, key=lambda kind: sorted(len(side) for side in both[kind]))
         a, b = both[kind]
-        gap = fmean(a) - fmean(b) if a and b else math.nan
-        interval, word = "", "not tested"
+        ours, word = "", "not tested"
         if min(len(a), len(b)) >= 2:
-            half = welch(a, b)
-            interval = f"{gap - half:+.2f} to {gap + half:+.2f}"
+            gap, half = fmean(a) - fmean(b), welch(a, b)
+            ours = f"{gap:+.2f} ({gap - half:+.2f} to {gap + half:+.2f})"
             word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
         cells.append([
             better.table, *names([better.setting, worse.setting]),
-            f"{better.accuracy - worse.accuracy:+.2f}", f"{gap:+.2f}" if a and b else "", interval,
-            kind if a or b else "", f"{len(a)}, {len(b)}" if a or b else "", word,
+            f"{better.accuracy - worse.accuracy:+.2f}", ours, kind, f"{len(a)}, {len(b)}", word,
         ])  # fmt: skip
     return table(cells)
 
@@ -307,23 +300,21 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
     """Draw the author's losses of some settings dashed, and those of our runs at 1/n as a mean
     with a band from the lowest to the highest; where n > 1 until our first decay."""
     author = read_author()
-    for setting, name, color, marker in zip(settings, names(settings), COLOURS, MARKERS):
+    for setting, name, color in zip(settings, names(settings), COLOURS):
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
-        lines = [(f"{name}, author", "--", "white", [author[setting, FIXED["gamma"]]])]
+        curves = [(f"{name}, author", "--", [author[setting, FIXED["gamma"]]])]
         for kind, style in ARITHMETIC.items():
             ours = [run.loss for run in select(runs, setting, n, kind)]
-            lines += [(f"{name}, ours in {kind}", style, color, ours)] if ours else []
-        for label, style, face, losses in lines:
+            curves += [(f"{name}, ours in {kind}", style, ours)] if ours else []
+        for label, style, losses in curves:
             x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
             y = [[loss[i] for loss in losses] for i in x]
-            marked = [at for at, i in enumerate(x) if i % setting.step == 0 or i == end]
-            ax.plot(x, [fmean(values) for values in y], color=color, label=label, linestyle=style,
-                    marker=marker, markevery=marked, markerfacecolor=face)  # fmt: skip
-            low, high = [min(values) for values in y], [max(values) for values in y]
+            low, high = [*map(min, y)], [*map(max, y)]
+            ax.plot(x, [*map(fmean, y)], style, color=color, label=label)
             ax.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
     title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
     ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
-    ax.set(xlabel="iteration (markers: decays of the rate, and the end)", ylabel="training loss")
+    ax.set(xlabel="iteration", ylabel="training loss")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.grid(color="0.9")
     if n == 1:
@@ -361,18 +352,14 @@ def renew(page: Path, parts: dict[str, str]) -> str:
     return text
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     raw, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"report.py: {message} (--help)\n")
     parser.add_argument("--logs", type=path, default="logs", help="folder of logs (./logs)")
     parser.add_argument("--figures", type=path, help="folder for figure4.png ... figure8.png")
     parser.add_argument("--write", action="store_true", help="renew README.md, results/README.md")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is

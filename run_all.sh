@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Trains every row of the report's Tables 4-7, one after the other, then prints them.
 #
-#   bash run_all.sh                        Tables 4, 5, 6 and 7: 12 runs
-#   bash run_all.sh 5 7                    only these tables
-#   bash run_all.sh extended               the 64,000-iteration run
-#   bash run_all.sh --shorten 10           every run at a tenth of its iterations and decay step
-#   bash run_all.sh --list [TABLE...]      print the commands of the runs, train nothing
-#   bash run_all.sh 4 -- --seed 1          what follows -- goes to every train.py
+#   bash run_all.sh                    Tables 4, 5, 6 and 7: 12 runs
+#   bash run_all.sh 5 7                only these tables
+#   bash run_all.sh extended           the 64,000-iteration run
+#   bash run_all.sh --shorten 10       each run at a tenth (1/N, N divides 1000) of its length
+#   bash run_all.sh --list [TABLE...]  print the commands of the runs, train nothing
+#   bash run_all.sh 4 -- --seed 1      what follows -- goes to every train.py
 #
-# Stop it with Ctrl-C and start it again: it skips what is complete and continues the rest. (kill -9
-# of this script alone leaves its run alive.) Paths are relative to this script's folder.
-# Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no python or no PyTorch.
+# Started again after Ctrl-C, it skips what is complete and continues the rest. Paths are relative
+# to its folder. Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no PyTorch.
 
 # The rows, with the report's accuracy in percent; report.py reads them from here.
 rows='
@@ -35,7 +34,9 @@ extended   93.18      sgd        0.3  128  10000  64000
 [ "$BASH_VERSION" ] || exec bash "$0" "$@"  # started as `sh run_all.sh`
 cd "$(dirname "$0")" || exit 1
 
-tables='' list='' n=1
+fail() { echo "run_all.sh: $2" >&2; exit "$1"; }
+
+tables='' list='' n=1 every=''
 while [ $# -gt 0 ]; do
   case $1 in
     4 | 5 | 6 | 7 | extended) tables="$tables $1" ;;
@@ -45,45 +46,35 @@ while [ $# -gt 0 ]; do
     --) shift; break ;;
     *) n=0 ;;
   esac
-  [[ $n =~ ^[1-9][0-9]{0,3}$ && $((1000 % n)) = 0 ]] || {
-    echo "run_all.sh: '$1'? usage: bash run_all.sh [4|5|6|7|extended ...] [--list]" \
-      "[--shorten N, a divisor of 1000] [-- FLAGS of train.py, such as -- --seed 1]" >&2
-    exit 2; }
+  [[ $n =~ ^[1-9][0-9]{0,3}$ && $((1000 % n)) = 0 ]] ||
+    fail 2 "cannot use '$1' (--help); the flags of train.py come after --, as in -- --seed 1"
   shift
 done
+[ "$n" = 1 ] || every=" --log-every $(((n + 99) / n))"
 
-runs=() titles=()  # of each different run; one that tables share stands here once
-while read -r table accuracy optimizer lr bs step iters; do
+runs=$(while read -r table accuracy optimizer lr bs step iters; do
   [[ " ${tables:-4 5 6 7} " == *" $table "* && $iters ]] || continue
-  flags="--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))"
-  [ "$n" = 1 ] || flags="$flags --log-every $(((n + 99) / n))"
-  for i in "${!runs[@]}"; do
-    [ "${runs[i]}" != "$flags" ] || { titles[i]="${titles[i]} and Table $table"; continue 2; }
-  done
-  runs+=("$flags") titles+=("$accuracy % in Table $table")
-done <<< "$rows"
+  echo "--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))$every"
+done <<< "$rows" | awk '!seen[$0]++')  # a row that tables share is one run
 
 if [ "$list" ]; then
-  for flags in "${runs[@]}"; do
-    echo "python train.py $flags$([ $# -eq 0 ] || printf ' %q' "$@")"
-  done
+  while read -r flags; do
+    echo "python train.py $flags$([ $# = 0 ] || printf ' %q' "$@")"
+  done <<< "$runs"
   exit
 fi
 
-python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2> /dev/null || {
-  echo "run_all.sh: no python with PyTorch here; activate the environment" \
-    "(source .venv/bin/activate) and start again" >&2
-  exit 127; }
+python -c 'import torch' 2> /dev/null ||
+  fail 127 "no python with PyTorch here; activate its environment (source .venv/bin/activate)"
 
 failed=''
-for i in "${!runs[@]}"; do
-  echo "== Run $((i + 1)) of ${#runs[@]}, $((SECONDS / 60)) min so far; the report has ${titles[i]}"
-  read -r -a flags <<< "${runs[i]}"
+while read -r -u 3 -a flags; do
+  echo "== $((SECONDS / 60)) min so far: ${flags[*]}"
   python train.py "${flags[@]}" "$@"
   status=$?
   [ $status != 2 ] || exit 2  # a bad flag: every row would fail alike
-  [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: ${runs[i]}"$'\n'
-done
+  [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: ${flags[*]}"$'\n'
+done 3<<< "$runs"
 
 logs=logs  # where train.py wrote them
 for ((i = 1; i <= $#; i++)); do
