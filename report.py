@@ -109,7 +109,7 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     """The run of a log. Raises ValueError with the reason if it does not count, or LookupError."""
     text = path.read_text(encoding="utf-8")
     text = text[: text.rfind("\n") + 1]  # a last line without its end is still being written
-    lines = list(csv.DictReader(text.splitlines()))
+    lines = list(csv.DictReader(text.splitlines(), restval=""))
     if not lines:
         raise ValueError("incomplete: no line yet")
     last, hundreds = lines[-1], {}
