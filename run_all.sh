@@ -67,13 +67,13 @@ fi
 python -c 'import torch' 2> /dev/null ||
   fail 127 "no python with PyTorch here; activate its environment (source .venv/bin/activate)"
 
-failed=''
+i=0 failed=''
 while read -r -u 3 -a flags; do
-  echo "== $((SECONDS / 60)) min so far: ${flags[*]}"
+  echo "== Run $((++i)) of $(($(wc -l <<< "$runs"))), $((SECONDS / 60)) min so far"
   python train.py "${flags[@]}" "$@"
   status=$?
   [ $status != 2 ] || exit 2  # a bad flag: every row would fail alike
-  [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: ${flags[*]}"$'\n'
+  [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: ${flags[*]} $*"$'\n'
 done 3<<< "$runs"
 
 logs=logs  # where train.py wrote them

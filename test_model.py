@@ -744,8 +744,8 @@ def test_failing_row_stops_the_others_only_if_all_would_fail(stub, tmp_path):
     result, (_, *calls) = run(fail, "--", "--seed", "1", "--logs=x")  # the first asks for PyTorch
     trained = [f"train.py {flags} --seed 1 --logs=x" for flags in commands("")]
     assert calls == [*trained, "report.py --logs x"]
-    assert f"== 0 min so far: {commands('')[-1]}\n" in result.stdout and result.returncode == 1
-    assert re.fullmatch(r"run_all\.sh: failed, exit 3: .*--bs 32.*\n", result.stderr)
+    assert "== Run 12 of 12, 0 min so far\n" in result.stdout and result.returncode == 1
+    assert re.fullmatch(r"run_all\.sh: failed, exit 3: .*--bs 32.* --logs=x\n", result.stderr)
     result, calls = run("case $* in *train*) exit 2; esac", "5")
     assert result.returncode == len(calls) == 2
     result, calls = run("exit 1", "5")
