@@ -95,15 +95,14 @@ def synchronize(device: torch.device) -> None:
 def time_turns(steps: dict, device: torch.device, rounds: int, count: int) -> dict:
     """Seconds a step, for each function in `steps`, in each of `rounds` turns of `count` steps."""
     seconds = {name: [] for name in steps}
-    for turn in range(-1, rounds):  # the first turn warms up
+    for _ in range(rounds):
         for name, step in steps.items():
             synchronize(device)
             began = time.perf_counter()
             for _ in range(count):
                 step()
             synchronize(device)
-            if turn >= 0:
-                seconds[name].append((time.perf_counter() - began) / count)
+            seconds[name].append((time.perf_counter() - began) / count)
     return seconds
 
 
@@ -139,8 +138,8 @@ def parse_args() -> argparse.Namespace:
     add("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32")
     args = parser.parse_args()
-    if min(*args.bs, args.steps, args.rounds, args.workers + 1) < 1:
-        parser.error("--bs, --steps and --rounds must be 1 or more, --workers 0 or more")
+    if min(*args.bs, args.steps, args.rounds - 1, args.workers + 1) < 1:
+        parser.error("--bs and --steps must be 1 or more, --rounds 2, --workers 0")
     return args
 
 
@@ -165,13 +164,14 @@ def measure(args: argparse.Namespace, split: data.Split, device: torch.device, w
         turns = time_turns(steps, device, args.rounds, args.steps)
         medians = {name: statistics.median(turn) for name, turn in turns.items()}
         for name, seconds in medians.items():
-            low, _, high = statistics.quantiles(turns[name] * 2, n=4)  # * 2: one turn has none
+            low, _, high = statistics.quantiles(turns[name], n=4)
             ms, spread = f"{1e3 * seconds:.3f}", f"{1e3 * (high - low) / 2:.3f}"
             rate, ratio = f"{bs / seconds:.0f}", f"{medians['usual loop'] / seconds:.2f}"
             tflops = f"{bs / seconds * flop / 1e12:.2f}"
             print(f"| {bs} | {name} | {ms} ± {spread} | {rate} | {tflops} | {ratio} |", flush=True)
-            setting = [machine, torch.__version__, args.precision, bs, args.rounds, args.steps]
-            writer.writerow([*setting, name, ms, spread, rate, tflops, ratio])
+            setting = [machine, torch.__version__, args.precision, bs]
+            setting += [args.workers, args.rounds, args.steps, name]
+            writer.writerow([*setting, ms, spread, rate, tflops, ratio])
 
 
 def main() -> None:
@@ -179,7 +179,8 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
     sys.stdout.reconfigure(encoding="utf-8")  # for the ±
-    header = "device torch precision bs rounds steps code ms spread images_per_s tflops ratio"
+    header = "device torch precision bs workers rounds steps code "
+    header += "ms spread images_per_s tflops ratio"
     device = train.open_device(args.device, args.precision)
     try:
         split, _ = data.load(args.data, device)

@@ -1,11 +1,11 @@
-"""The logs of train.py beside the report: a page in Markdown, and Figures 4-8.
+"""The logs of train.py beside the report: tables in Markdown, and Figures 4-8.
 
     python report.py
     python report.py --figures logs
     python report.py --logs results --figures results --write
 
-The first prints the page for the logs in ./logs; the second also draws logs/figure4.png and so on,
-which needs matplotlib; the third renews all that is committed.
+The first prints the tables for the logs in ./logs; the second also draws logs/figure4.png and so
+on, which needs matplotlib; the third renews README.md, results/README.md and its figures.
 
 A log counts when it is complete and has the report's settings, at full length or at 1/n of it
 (run_all.sh --shorten n). Every other log is named with the reason why it does not.
@@ -117,13 +117,16 @@ def read_log(path: Path, rows: list[Row]) -> Run:
         raise ValueError(f"diverged: the loss is {last['loss']} at iteration {last['iteration']}")
     if last["iteration"] != last["iters"] or not last["test_acc"]:
         raise ValueError(f"incomplete: {last['iteration']} of {last['iters']} iterations")
-    kinds = sorted({arithmetic(line) for line in lines})
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
-    if others or len(kinds) > 1:
-        raise ValueError(f"other settings: {', '.join(others or kinds)}")
-    for line in lines:
-        hundred = math.ceil(int(line["iteration"]) / 100) * 100
-        hundreds.setdefault(hundred, []).append(float(line["loss"]))
+    if others:
+        raise ValueError(f"other settings: {', '.join(others)}")
+    kinds = sorted({arithmetic(line) for line in lines})
+    if len(kinds) > 1:
+        raise ValueError(f"more than one arithmetic: {', '.join(kinds)}")
+    ends = [0, *(int(line["iteration"]) for line in lines)]
+    for before, end, line in zip(ends, ends[1:], lines):
+        if end - before <= 100:  # a longer line says nothing of one hundred
+            hundreds.setdefault(math.ceil(end / 100) * 100, []).append(float(line["loss"]))
     loss = {hundred: fmean(losses) for hundred, losses in hundreds.items()}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
     setting, n = full_setting(as_setting(last), rows)
@@ -210,7 +213,7 @@ def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
     """Two sentences, and a table of all rows: the report's accuracy, ours, and the difference."""
-    cells, largest = [["Table", *Setting._fields, "Report, %"]], (-1, "not known yet")
+    cells, largest = [["Table", *Setting._fields, "Report, %"]], {}
     for kind in ARITHMETIC:
         cells[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
     for row in rows:
@@ -220,9 +223,9 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
             if ours:
                 gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
-                text = f"""{difference} percentage points,
-{several(ours)} % against {row.accuracy:.2f} % ({row.setting}; {kind}, runs: {len(ours)})"""
-                largest = max(largest, (abs(gap), text))
+                text = f"""{difference} in {kind}
+({several(ours)} % against {row.accuracy:.2f} %: {row.setting}; runs: {len(ours)})"""
+                largest[kind] = max(largest.get(kind, (-1, "")), (abs(gap), text))
             if len(ours) >= 3:
                 half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
                 interval = f"± {half:.2f}, report {'inside' if abs(gap) <= half else 'outside'}"
@@ -230,9 +233,10 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
     total = len({row.setting for row in rows})
     trained = len({run.setting for run in runs if run.n == 1})
     rest = "; whether the others reproduce is open" if trained < total else ""
+    gaps = [largest[kind][1] for kind in ARITHMETIC if kind in largest] or ["not known yet"]
     return f"""\
-Full-length runs here: {trained} of the report's {total} settings{rest}.
-The largest difference from the report's accuracy is {largest[1]}.
+Full-length runs here: {trained} of the report's {total} different settings{rest}.
+The largest difference from the report's accuracy, in percentage points, is {", ".join(gaps)}.
 
 {table(cells)}"""
 
@@ -256,7 +260,8 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
             word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
         cells.append([
             better.table, *names([better.setting, worse.setting]),
-            f"{better.accuracy - worse.accuracy:+.2f}", ours, kind, f"{len(a)}, {len(b)}", word,
+            f"{better.accuracy - worse.accuracy:+.2f}", ours,
+            kind if a or b else "", f"{len(a)}, {len(b)}", word,
         ])  # fmt: skip
     return table(cells)
 
@@ -270,7 +275,7 @@ def starts(rows: list[Row], runs: list[Run]) -> str:
         ours = [run for run in runs if run.setting == setting and setting.step // run.n >= 100]
         if not ours:
             continue
-        end = setting.step // ours[-1].n // 100 * 100
+        end = setting.step // max(run.n for run in ours) // 100 * 100
         # Until the first decay neither its time nor its rate matters.
         equal = [loss[end] for (other, _), loss in author.items()
                  if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
@@ -342,22 +347,22 @@ def draw_figure(number: int, rows: list[Row], runs: list[Run]):
 
 
 # ---- the command line ----------------------------------------------------------------------------
-def renew(page: Path, parts: dict[str, str]) -> str:
-    """The text of a page, with each part put between its markers."""
+def renew(page: Path, parts: dict[str, str]) -> None:
+    """Put each part between its markers in a page."""
     text = page.read_text(encoding="utf-8")
     for name, part in parts.items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         if start in text:
             text = text.split(start)[0] + start + part + end + text.split(end)[1]
-    return text
+    page.write_text(text, encoding="utf-8", newline="\n")
 
 
 def main() -> None:
-    raw, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser
+    raw, home = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # ~ is the home folder
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"report.py: {message} (--help)\n")
-    parser.add_argument("--logs", type=path, default="logs", help="folder of logs (./logs)")
-    parser.add_argument("--figures", type=path, help="folder for figure4.png ... figure8.png")
+    parser.add_argument("--logs", type=home, default="logs", help="folder of logs (./logs)")
+    parser.add_argument("--figures", type=home, help="folder for figure4.png ... figure8.png")
     parser.add_argument("--write", action="store_true", help="renew README.md, results/README.md")
     args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):
@@ -374,10 +379,9 @@ def main() -> None:
         for number in range(4, 9) if args.figures else ():
             path = Path(args.figures, f"figure{number}.png")
             draw_figure(number, rows, runs).savefig(path, metadata={"Software": None})
-        pages = [HERE / "README.md", HERE / "results" / "README.md"]
-        for page in pages if args.write else ():
-            page.write_text(renew(page, parts), encoding="utf-8", newline="\n")
-        print(renew(pages[1], parts), end="")
+        for page in ("README.md", "results/README.md") if args.write else ():
+            renew(HERE / page, parts)
+        print("\n\n".join(f"## {name.capitalize()}\n\n{part}" for name, part in parts.items()))
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
     except OSError as error:

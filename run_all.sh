@@ -65,11 +65,11 @@ if [ "$list" ]; then
 fi
 
 python -c 'import torch' 2> /dev/null ||
-  fail 127 "no python with PyTorch here; activate its environment (source .venv/bin/activate)"
+  fail 127 "no python here that can import torch; activate its environment (source .venv/bin/activate)"
 
-i=0 failed=''
-while read -r -u 3 -a flags; do
-  echo "== Run $((++i)) of $(($(wc -l <<< "$runs"))), $((SECONDS / 60)) min so far"
+i=0 total=$(grep -c . <<< "$runs") failed=''
+while read -r -u 3 -a flags; do  # not from stdin, which is train.py's
+  echo "== Run $((++i)) of $total, $((SECONDS / 60)) min so far"
   python train.py "${flags[@]}" "$@"
   status=$?
   [ $status != 2 ] || exit 2  # a bad flag: every row would fail alike

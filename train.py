@@ -270,8 +270,9 @@ class Run:
         # The state alone, in this device's layout; the groups hold flags of this device.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         for p, values in optimizer.state.items():
-            same = {key: value for key, value in values.items() if value.shape == p.shape}
-            values.update({key: torch.empty_like(p).copy_(value) for key, value in same.items()})
+            for key, value in values.items():
+                if value.shape == p.shape:
+                    values[key] = torch.empty_like(p).copy_(value)
         self.saved_at = self.seconds
         self.log.truncate(0)
         print(self.lines, end="", file=self.log, flush=True)
@@ -352,7 +353,7 @@ def train(args: argparse.Namespace) -> None:
     plans = data.plans(train_split, bs, args.seed, start=run.iteration)
     while run.iteration < iters:  # from one line of the log to the next
         start = run.iteration
-        stop = min(iters, *(start - start % n + n for n in (args.log_every, args.eval_every)))
+        stop = min(iters, *((start // n + 1) * n for n in (args.log_every, args.eval_every)))
         loss_sum = torch.zeros((), device=device)
         began = time.perf_counter()
         for t in range(start, stop):
