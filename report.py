@@ -112,9 +112,14 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     lines = list(csv.DictReader(text.splitlines(), restval=""))
     if not lines:
         raise ValueError("incomplete: no line yet")
-    last, hundreds = lines[-1], {}
-    if not math.isfinite(float(last["loss"])):
-        raise ValueError(f"diverged: the loss is {last['loss']} at iteration {last['iteration']}")
+    last, ends, hundreds = lines[-1], [0, *(int(line["iteration"]) for line in lines)], {}
+    if ends != sorted(set(ends)) or any(as_setting(line) != as_setting(last) for line in lines):
+        raise ValueError("damaged: its lines do not belong together")
+    for before, end, line in zip(ends, ends[1:], lines):
+        if not math.isfinite(float(line["loss"])):
+            raise ValueError(f"diverged: the loss is {line['loss']} at iteration {end}")
+        if end - before <= 100:  # a longer line says nothing of one hundred
+            hundreds.setdefault(math.ceil(end / 100) * 100, []).append(float(line["loss"]))
     if last["iteration"] != last["iters"] or not last["test_acc"]:
         raise ValueError(f"incomplete: {last['iteration']} of {last['iters']} iterations")
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
@@ -123,10 +128,6 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     kinds = sorted({arithmetic(line) for line in lines})
     if len(kinds) > 1:
         raise ValueError(f"more than one arithmetic: {', '.join(kinds)}")
-    ends = [0, *(int(line["iteration"]) for line in lines)]
-    for before, end, line in zip(ends, ends[1:], lines):
-        if end - before <= 100:  # a longer line says nothing of one hundred
-            hundreds.setdefault(math.ceil(end / 100) * 100, []).append(float(line["loss"]))
     loss = {hundred: fmean(losses) for hundred, losses in hundreds.items()}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
     setting, n = full_setting(as_setting(last), rows)
@@ -253,10 +254,11 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
         # The arithmetic with most runs of the side that has fewer, then of the other side.
         kind = max(both, key=lambda kind: sorted(len(side) for side in both[kind]))
         a, b = both[kind]
-        ours, word = "", "not tested"
+        gap = fmean(a) - fmean(b) if a and b else math.nan
+        ours, word = f"{gap:+.2f}" if a and b else "", "not tested"
         if min(len(a), len(b)) >= 2:
-            gap, half = fmean(a) - fmean(b), welch(a, b)
-            ours = f"{gap:+.2f} ({gap - half:+.2f} to {gap + half:+.2f})"
+            half = welch(a, b)
+            ours += f" ({gap - half:+.2f} to {gap + half:+.2f})"
             word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
         cells.append([
             better.table, *names([better.setting, worse.setting]),
@@ -309,7 +311,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
         curves = [(f"{name}, author", "--", [author[setting, FIXED["gamma"]]])]
         for kind, style in ARITHMETIC.items():
-            ours = [run.loss for run in select(runs, setting, n, kind)]
+            ours = [run.loss for run in select(runs, setting, n, kind) if run.loss]
             curves += [(f"{name}, ours in {kind}", style, ours)] if ours else []
         for label, style, losses in curves:
             x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]

@@ -8,8 +8,9 @@
 #   bash run_all.sh --list [TABLE...]  print the commands of the runs, train nothing
 #   bash run_all.sh 4 -- --seed 1      what follows -- goes to every train.py
 #
-# Started again after Ctrl-C, it skips what is complete and continues the rest. Paths are relative
-# to its folder. Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no PyTorch.
+# Stop it with Ctrl-C and start it again: it skips what is complete and continues the rest. (kill -9
+# of this script alone leaves its run alive.) Paths are relative to this script's folder.
+# Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no python or no PyTorch.
 
 # The rows, with the report's accuracy in percent; report.py reads them from here.
 rows='
@@ -64,8 +65,8 @@ if [ "$list" ]; then
   exit
 fi
 
-python -c 'import torch' 2> /dev/null ||
-  fail 127 "no python here that can import torch; activate its environment (source .venv/bin/activate)"
+python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' 2> /dev/null ||
+  fail 127 "no python with PyTorch here; activate the environment (source .venv/bin/activate)"
 
 i=0 total=$(grep -c . <<< "$runs") failed=''
 while read -r -u 3 -a flags; do  # not from stdin, which is train.py's

@@ -206,7 +206,9 @@ def test_figure_1(tmp_path):
     picture = TF.to_tensor(Image.open(tmp_path / "1.png"))[:, ::2, ::2]  # drawn twice as large
     assert picture.shape == (3, 2 * (4 * 34 + 2), 10 * 34 + 2)  # each with a border of two pixels
     images, labels = data.load("synthetic", CPU)[0]
-    assert torch.equal(picture[:, 2:34, -34:-2], data.scale(images[labels == 9][:1])[0])
+    for label in range(10):
+        shown = picture[:, 2:34, 34 * label + 2 :][:, :, :32]
+        assert torch.equal(shown, data.scale(images[labels == label][:1])[0])
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -587,7 +589,8 @@ def test_bad_checkpoints_and_weights(tmp_path):
     for kind, bad in {
         "truncated": content[:middle],
         "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-        "pickle": {"config": bomb, "model": {}},
+        "pickle": pickle.dumps(bomb),
+        "pickle in a zip": {"config": bomb, "model": {}},
         "state dict": saved["model"],
         "network": {**saved, "model": model.ResNet(project_layer1=True).state_dict()},
         "configuration": {**saved, "config": config("--lr", 0.1)},
@@ -734,7 +737,7 @@ def test_failing_row_stops_the_others_only_if_all_would_fail(stub, tmp_path):
     assert result.returncode == len(calls) == 2
     result, calls = run("exit 1", "5")
     assert result.returncode == 127 and len(calls) == 1
-    assert re.fullmatch(r"run_all\.sh: no python here .*activate.*\n", result.stderr)
+    assert re.fullmatch(r"run_all\.sh: no python with PyTorch .*activate.*\n", result.stderr)
 
 
 def test_ctrl_c_ends_run_all_and_the_training(stub, tmp_path):
@@ -778,7 +781,7 @@ RUNS = [made_up(ROWS[row].setting, kind, accuracy) for row, kind, accuracies in 
     (1, "float32", (88, 88.1)), (5, "float32", (78, 78.1)), (6, "float32", (68, 68.1)),
     (7, "bf16", (80, 80.5, 81, 81.5, 82)), (9, "TF32", (91, 92, 93)),
     (9, "bf16", (91, 91, 92, 92.5, 93, 94, 94)), (10, "TF32", (90.5, 91.5, 92.5)),
-    (13, "float32", (95,)),
+    (13, "float32", (95,)), (14, "float32", (94,)),
 ) for accuracy in accuracies]  # fmt: skip
 RUNS += [made_up(row.setting, n=10) for row in ROWS]  # count in no table of accuracies
 
@@ -812,7 +815,7 @@ def test_t_quantile_and_welch():
 def test_summary():
     text = report.summary(ROWS, RUNS)
     assert text.startswith("""\
-Full-length runs here: 7 of the report's 13 different settings; whether the others reproduce \
+Full-length runs here: 8 of the report's 13 different settings; whether the others reproduce \
 is open.
 The largest difference from the report's accuracy, in percentage points, is -19.65 in float32
 (68.00, 68.10 % against 87.70 %: sgd, lr 0.5, bs 64, step 5000, iters 32000; runs: 2), +1.10 in TF32
@@ -852,6 +855,7 @@ def test_verdicts():
 | 5 | lr 0.3 | lr 0.5 | +1.61 | +10.00 (+9.70 to +10.30) | float32 | 2, 2 | supported |
 | 6 | bs 128 | bs 256 | +0.67 | +0.50 (-1.77 to +2.77) | TF32 | 3, 3 | undecided |
 | 7 | step 8000 | step 5000 | +1.58 |  | bf16 | 0, 7 | not tested |
+| 7 | step 8000 | step 10000 | +0.51 | +1.00 | float32 | 1, 1 | not tested |
 | extended | step 10000, iters 64000 | step 8000, iters 32000 | +0.53 |  | float32 | 0, 1 | \
 not tested |\
 """.splitlines():
@@ -893,15 +897,23 @@ def test_logs(tmp_path):
         (whole[:-1], "incomplete: 16000 of 32000 iterations"),  # its last line is not finished
         (whole.replace(",80.00,", ",,"), "incomplete: 32000 of 32000 iterations"),
         (whole.replace(",1.0,", ",inf,"), "diverged: the loss is inf at iteration 32000"),
-        (whole.replace("seed", "x"), "damaged: KeyError('seed')"),
-        (whole + "sgd,0.3\n", "could not convert string to float: ''"),
-        (whole.replace(",0.2,", ",0.5,"), "other settings: gamma 0.5"),
-        (whole.replace(",cifar10,", ",synthetic,"), "other settings: data synthetic"),
+        (head + half.replace(",2.0,", ",nan,") + end,
+         "diverged: the loss is nan at iteration 16000"),
+        *((whole.replace(name, "x"), f"damaged: KeyError('{name}')")
+          for name in ("lr0", "seed", "precision", "torch", "iters")),
+        *((head + lines, "damaged: its lines do not belong together") for lines in (
+            half.replace(",128,", ",64,") + end, end + half, half + end + end)),
+        (whole.replace(",2.0,", ",two,"), "could not convert string to float: 'two'"),
+        (whole + "sgd,0.3\n", "invalid literal for int() with base 10: ''"),
+        *((whole.replace(old, new), f"other settings: {why}") for old, new, why in (
+            (",0.2,", ",0.5,", "gamma 0.5"), (",0.9,", ",0.8,", "momentum 0.8"),
+            (",0.0001,", ",0.0,", "wd 0.0"), (",cifar10,", ",synthetic,", "data synthetic"))),
         (head + half.replace("cpu 2", "NVIDIA 2") + end, "more than one arithmetic: TF32, float32"),
         (whole.replace("sgd,0.3", "sgd,0.2"), "not a row of the tables"),
         (whole.replace(",8000,", ",800,"), "not a row of the tables"),
+        (whole.replace(",8000,", ",4001,"), "not a row of the tables"),
         (whole, "same settings and seed as full.csv"),
-    ]
+    ]  # fmt: skip
     for name, content in (good | {f"z{i:02}": log for i, (log, _) in enumerate(bad)}).items():
         (tmp_path / f"{name}.csv").write_text(content)
     (tmp_path / "z.csv").mkdir()
@@ -931,9 +943,12 @@ def test_figures(number):
     pytest.importorskip("matplotlib")
 
     def curves(ax) -> dict[str, tuple]:
-        """A panel's curves by label: style, {iteration: loss}. Its legend names these only."""
+        """A panel's curves: style, {iteration: loss}, by label. Its legend names these only."""
         assert [text.get_text() for text in ax.get_legend().get_texts()] == [
             line.get_label() for line in ax.lines]  # fmt: skip
+        colors = dict(zip(names, report.COLOURS))
+        assert all(line.get_color() == colors[line.get_label().rpartition(", ")[0]]
+                   for line in ax.lines)  # fmt: skip
         return {line.get_label(): (line.get_linestyle(), dict(zip(*line.get_data())))
                 for line in ax.lines}  # fmt: skip
 
@@ -948,13 +963,14 @@ def test_figures(number):
     assert curves(empty) == expected
     full, tenth = report.draw_figure(number, ROWS, [
         made_up(last, loss={1000: 1, 2000: 2}), made_up(last, loss={1000: 3, 2000: 6}),
-        made_up(last, "bf16", loss={1000: 5}), made_up(first, loss=hundreds, n=10),
+        made_up(last, "bf16", loss={1000: 5}), made_up(last, "TF32"),  # this one has no losses
+        made_up(first, loss=hundreds, n=10),
         made_up(first, loss=hundreds, n=100)]).axes  # fmt: skip
     titles = "no full-length run yet", "full length", "ours at 1/10, until their first decay"
     assert tuple(ax.get_title(loc="left") for ax in (empty, full, tenth)) == titles
     expected |= {f"{names[-1]}, ours in float32": ("-", {1000: 2, 2000: 4}),
                  f"{names[-1]}, ours in bf16": (":", {1000: 5})}  # fmt: skip
-    assert curves(full) == expected
+    assert curves(full) == expected and full.get_yscale() == "log"
     band = [tuple(xy) for path in full.collections[len(rows)].get_paths() for xy in path.vertices]
     assert {(2000, 2), (2000, 6)} <= {*band}
 
