@@ -36,9 +36,6 @@ class Setting(NamedTuple):
     step: int
     iters: int
 
-    def __str__(self) -> str:
-        return "{}, lr {}, bs {}, step {}, iters {}".format(*self)
-
 
 class Row(NamedTuple):
     """A row of the report's tables, with its accuracy in percent."""
@@ -112,27 +109,25 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     lines = list(csv.DictReader(text.splitlines(), restval=""))
     if not lines:
         raise ValueError("incomplete: no line yet")
-    last, ends, hundreds = lines[-1], [0, *(int(line["iteration"]) for line in lines)], {}
-    if ends != sorted(set(ends)) or any(as_setting(line) != as_setting(last) for line in lines):
-        raise ValueError("damaged: its lines do not belong together")
-    for before, end, line in zip(ends, ends[1:], lines):
-        if not math.isfinite(float(line["loss"])):
-            raise ValueError(f"diverged: the loss is {line['loss']} at iteration {end}")
-        if end - before <= 100:  # a longer line says nothing of one hundred
-            hundreds.setdefault(math.ceil(end / 100) * 100, []).append(float(line["loss"]))
+    if len({(as_setting(line), line["seed"], arithmetic(line)) for line in lines}) > 1:
+        raise ValueError("more than one setting, seed or arithmetic in it")
+    last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
-        raise ValueError(f"incomplete: {last['iteration']} of {last['iters']} iterations")
+        raise ValueError("incomplete: {iteration} of {iters} iterations, loss {loss}".format(**last))
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
-    kinds = sorted({arithmetic(line) for line in lines})
-    if len(kinds) > 1:
-        raise ValueError(f"more than one arithmetic: {', '.join(kinds)}")
-    loss = {hundred: fmean(losses) for hundred, losses in hundreds.items()}
+    before, hundreds = 0, {}
+    for line in lines:
+        end, loss = int(line["iteration"]), float(line["loss"])
+        if end - before <= 100:  # a longer line says nothing of one hundred
+            hundreds.setdefault(math.ceil(end / 100) * 100, []).append(loss)
+        before = end
+    means = {hundred: fmean(losses) for hundred, losses in hundreds.items()}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
     setting, n = full_setting(as_setting(last), rows)
     accuracy = float(last["test_acc"])
-    return Run(path.name, setting, n, last["seed"], kinds[0], accuracy, loss, machine)
+    return Run(path.name, setting, n, last["seed"], arithmetic(last), accuracy, means, machine)
 
 
 def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
@@ -196,6 +191,10 @@ def names(settings: list[Setting]) -> list[str]:
     return [", ".join(f"{Setting._fields[i]} {one[i]}" for i in fields) for one in settings]
 
 
+def length(n: int) -> str:
+    return "full" if n == 1 else f"1/{n}"
+
+
 def best(rows: list[Row], name: str) -> Row:
     """The row of a table with the highest accuracy in the report."""
     return max((row for row in rows if row.table == name), key=lambda row: row.accuracy)
@@ -224,8 +223,9 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
             if ours:
                 gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
+                where = "{}, lr {}, bs {}, step {}, iters {}".format(*row.setting)
                 text = f"""{difference} in {kind}
-({several(ours)} % against {row.accuracy:.2f} %: {row.setting}; runs: {len(ours)})"""
+({several(ours)} % against {row.accuracy:.2f} %: {where}; runs: {len(ours)})"""
                 largest[kind] = max(largest.get(kind, (-1, "")), (abs(gap), text))
             if len(ours) >= 3:
                 half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
@@ -268,27 +268,23 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
     return table(cells)
 
 
-def starts(rows: list[Row], runs: list[Run]) -> str:
-    """A table of the loss just before the first decay of our shortest run of each setting."""
+def starts(runs: list[Run]) -> str:
+    """A table of the loss just before the first decay, for each setting and length of our runs."""
     author = read_author()
-    cells = [[*Setting._fields, "Iteration", "Author's loss", "Author's equal runs"]]
+    cells = [[*Setting._fields, "Length", "Iteration", "Author's loss", "Author's equal runs"]]
     cells[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
-    for setting in dict.fromkeys(row.setting for row in rows):
-        ours = [run for run in runs if run.setting == setting and setting.step // run.n >= 100]
-        if not ours:
+    for setting, n in dict.fromkeys((run.setting, run.n) for run in runs):
+        end = setting.step // n // 100 * 100
+        ours = [several([run.loss[end] for run in select(runs, setting, n, kind)
+                         if end in run.loss], 3) for kind in ARITHMETIC]  # fmt: skip
+        if not any(ours):
             continue
-        end = setting.step // max(run.n for run in ours) // 100 * 100
         # Until the first decay neither its time nor its rate matters.
         equal = [loss[end] for (other, _), loss in author.items()
                  if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
         spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
-        theirs = author[setting, FIXED["gamma"]][end]
-        cells.append([*map(str, setting), str(end), f"{theirs:.3f}", spread])
-        ours.sort(key=lambda run: run.n, reverse=True)  # of each seed the longest, the last, counts
-        for kind in ARITHMETIC:
-            losses = {run.seed: run.loss[end] for run in ours
-                      if run.arithmetic == kind and end in run.loss}  # fmt: skip
-            cells[-1].append(several(list(losses.values()), 3))
+        theirs = f"{author[setting, FIXED['gamma']][end]:.3f}"
+        cells.append([*map(str, setting), length(n), str(end), theirs, spread, *ours])
     return table(cells)
 
 
@@ -296,9 +292,9 @@ def all_runs(runs: list[Run]) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
     cells = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
     for run in runs:
-        final, length = (f"{run.accuracy:.2f}", "full") if run.n == 1 else ("", f"1/{run.n}")
         link = f"[{run.file.removesuffix('.csv')}]({run.file})"
-        cells.append([link, length, run.seed, run.arithmetic, final, run.machine])
+        final = f"{run.accuracy:.2f}" if run.n == 1 else ""
+        cells.append([link, length(run.n), run.seed, run.arithmetic, final, run.machine])
     return table(cells)
 
 
@@ -376,7 +372,7 @@ def main() -> None:
         rows = read_rows()
         runs, left_out = collect(Path(args.logs), rows)
         parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
-                 "start of training": starts(rows, runs), "runs": all_runs(runs),
+                 "start of training": starts(runs), "runs": all_runs(runs),
                  "logs left out": "\n".join(left_out) or "None."}  # fmt: skip
         for number in range(4, 9) if args.figures else ():
             path = Path(args.figures, f"figure{number}.png")

@@ -77,11 +77,8 @@ while read -r -u 3 -a flags; do  # not from stdin, which is train.py's
   [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: ${flags[*]} $*"$'\n'
 done 3<<< "$runs"
 
-logs=logs  # where train.py wrote them
-for ((i = 1; i <= $#; i++)); do
-  [[ ${!i} != --logs ]] || logs=${*:i+1:1}
-  [[ ${!i} != --logs=* ]] || logs=${!i#--logs=}
-done
+# The folder to which they wrote: the last --logs, if there is one.
+logs=$(printf '%s\n' --logs=logs "$@" | sed -n 's/^--logs=//p; /^--logs$/{n;p;}' | tail -n 1)
 python report.py --logs "$logs" || failed="${failed}run_all.sh: report.py failed"$'\n'
 printf '%s' "$failed" >&2
 [ -z "$failed" ]
