@@ -10,8 +10,8 @@ usual loop, and with the network compiled as well. The third takes a few minutes
 Both loops train the same network on the same data in one process, turn by turn, and each step makes
 its batch, runs forward and backward, updates the weights and keeps the loss. The usual loop is a
 DataLoader whose workers run torchvision's transforms, NCHW, eager, loss.item() after every step.
-Start-up, compilation and the first batches are left out, and their seconds told on stderr. A turn
-is timed from synchronisation to synchronisation; given are the median over turns and half the
+Start-up, compilation and the first batches are left out; their seconds go to stderr. A turn is
+timed from synchronisation to synchronisation. The table gives the median over turns ± half the
 distance between their quartiles.
 """
 
@@ -128,7 +128,7 @@ def parse_args() -> argparse.Namespace:
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (--help)\n")
     workers = min(8, os.cpu_count())
     add, path = parser.add_argument, os.path.expanduser
-    add("--bs", type=int, nargs="+", default=[32, 64, 128, 256])
+    add("--bs", type=int, nargs="+", default=[32, 64, 128, 256], help="batch sizes (all four)")
     add("--steps", type=int, default=50, help="steps in a turn (50)")
     add("--rounds", type=int, default=10, help="turns of each (10)")
     add("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
@@ -136,7 +136,8 @@ def parse_args() -> argparse.Namespace:
     add("--csv", type=path, help="file to write the figures to as well")
     add("--data", type=path, default="./data", help="folder with CIFAR-10, or `synthetic`")
     add("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32")
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
+        help="of this code; the usual loop has no bf16 (tf32)")  # fmt: skip
     args = parser.parse_args()
     if min(*args.bs, args.steps, args.rounds - 1, args.workers + 1) < 1:
         parser.error("--bs and --steps must be 1 or more, --rounds 2, --workers 0")
@@ -169,7 +170,9 @@ def measure(args: argparse.Namespace, split: data.Split, device: torch.device, w
             rate, ratio = f"{bs / seconds:.0f}", f"{medians['usual loop'] / seconds:.2f}"
             tflops = f"{bs / seconds * flop / 1e12:.2f}"
             print(f"| {bs} | {name} | {ms} ± {spread} | {rate} | {tflops} | {ratio} |", flush=True)
-            setting = [machine, torch.__version__, args.precision, bs]
+            usual_bf16 = name == "usual loop" and args.precision == "bf16"
+            precision = "tf32" if usual_bf16 else args.precision
+            setting = [machine, torch.__version__, precision, bs]
             setting += [args.workers, args.rounds, args.steps, name]
             writer.writerow([*setting, ms, spread, rate, tflops, ratio])
 

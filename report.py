@@ -2,10 +2,11 @@
 
     python report.py
     python report.py --figures logs
-    python report.py --logs results --figures results --write
+    python report.py --write --figures results
 
 The first prints the tables for the logs in ./logs; the second also draws logs/figure4.png and so
-on, which needs matplotlib; the third renews README.md, results/README.md and its figures.
+on, which needs matplotlib; the third renews README.md, results/README.md and its figures from the
+logs in results.
 
 A log counts when it is complete and has the report's settings, at full length or at 1/n of it
 (run_all.sh --shorten n). Every other log is named with the reason why it does not.
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 FIXED = {"gamma": "0.2", "momentum": "0.9", "betas": "0.7 0.7", "wd": "0.0001", "data": "cifar10"}
-ARITHMETIC = {"float32": "-", "TF32": "-.", "bf16": ":"}  # and how a figure draws our runs in it
+ARITHMETIC = {"float32": 1.5, "TF32": 1.0, "bf16": 0.6}  # and how wide a figure draws its lines
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]  # Okabe-Ito
 
 
@@ -54,7 +55,7 @@ class Run(NamedTuple):
     seed: str
     arithmetic: str
     accuracy: float
-    loss: dict[int, float]  # by hundreds of iterations: mean of the log's lines that end in them
+    loss: dict[int, float]  # {iteration: mean of the hundred iterations that end there}
     machine: str  # processor and PyTorch's version
 
 
@@ -117,17 +118,17 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
-    before, hundreds = 0, {}
+    before, sums = 0, {0: 0.0}  # by iteration: the sum of all losses until then
     for line in lines:
-        end, loss = int(line["iteration"]), float(line["loss"])
-        if end - before <= 100:  # a longer line says nothing of one hundred
-            hundreds.setdefault(math.ceil(end / 100) * 100, []).append(loss)
+        end = int(line["iteration"])
+        sums[end] = sums[before] + (end - before) * float(line["loss"])
         before = end
-    means = {hundred: fmean(losses) for hundred, losses in hundreds.items()}
+    hundreds = [end for end in sums if end % 100 == 0 and end - 100 in sums]
+    loss = {end: (sums[end] - sums[end - 100]) / 100 for end in hundreds}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
     setting, n = full_setting(as_setting(last), rows)
     accuracy = float(last["test_acc"])
-    return Run(path.name, setting, n, last["seed"], arithmetic(last), accuracy, means, machine)
+    return Run(path.name, setting, n, last["seed"], arithmetic(last), accuracy, loss, machine)
 
 
 def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
@@ -170,9 +171,9 @@ def welch(a: list[float], b: list[float]) -> float:
     return t_quantile(dof) * math.sqrt(va + vb)
 
 
-def table(rows: list[list[str]]) -> str:
-    """A Markdown table from its header and rows; a column without any value is left out."""
-    columns = [column for column in zip(*rows) if any(column[1:])]
+def markdown(table: list[list[str]]) -> str:
+    """A table, its header first, in Markdown; a column without any value is left out."""
+    columns = [column for column in zip(*table) if any(column[1:])]
     lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
     lines.insert(1, "|---" * len(columns) + "|")
     return "\n".join(lines) if columns else "None yet."
@@ -200,46 +201,41 @@ def best(rows: list[Row], name: str) -> Row:
     return max((row for row in rows if row.table == name), key=lambda row: row.accuracy)
 
 
-def select(runs: list[Run], setting: Setting, n: int, kind: str) -> list[Run]:
+def select(runs: list[Run], setting: Setting, kind: str, n: int = 1) -> list[Run]:
     """The runs at 1/n of a setting in one arithmetic."""
     same = (setting, n, kind)
     return [run for run in runs if (run.setting, run.n, run.arithmetic) == same]
 
 
-def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
-    """The accuracies of a row's full-length runs in one arithmetic."""
-    return [run.accuracy for run in select(runs, row.setting, 1, kind)]
-
-
 def summary(rows: list[Row], runs: list[Run]) -> str:
-    """Two sentences, and a table of all rows: the report's accuracy, ours, and the difference."""
-    cells, largest = [["Table", *Setting._fields, "Report, %"]], {}
+    """Two sentences for each arithmetic, and a table of all rows: the report's accuracy, ours, and
+    the difference."""
+    cells, gaps = [["Table", *Setting._fields, "Report, %"]], {kind: {} for kind in ARITHMETIC}
     for kind in ARITHMETIC:
         cells[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
     for row in rows:
         cells.append([row.table, *map(str, row.setting), f"{row.accuracy:.2f}"])
         for kind in ARITHMETIC:
-            ours, difference, interval = finals(runs, row, kind), "", ""
+            ours = [run.accuracy for run in select(runs, row.setting, kind)]
+            difference, interval = "", ""
             if ours:
                 gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
-                where = "{}, lr {}, bs {}, step {}, iters {}".format(*row.setting)
-                text = f"""{difference} in {kind}
-({several(ours)} % against {row.accuracy:.2f} %: {where}; runs: {len(ours)})"""
-                largest[kind] = max(largest.get(kind, (-1, "")), (abs(gap), text))
+                gaps[kind][row.setting] = gap, f"{several(ours)} % against {row.accuracy:.2f} %"
             if len(ours) >= 3:
                 half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
                 interval = f"± {half:.2f}, report {'inside' if abs(gap) <= half else 'outside'}"
             cells[-1] += [several(ours), difference, interval]
-    total = len({row.setting for row in rows})
-    trained = len({run.setting for run in runs if run.n == 1})
-    rest = "; whether the others reproduce is open" if trained < total else ""
-    gaps = [largest[kind][1] for kind in ARITHMETIC if kind in largest] or ["not known yet"]
-    return f"""\
-Full-length runs here: {trained} of the report's {total} different settings{rest}.
-The largest difference from the report's accuracy, in percentage points, is {", ".join(gaps)}.
-
-{table(cells)}"""
+    text = ""
+    for kind in ARITHMETIC:
+        if gaps[kind]:
+            gap, values = max(gaps[kind].values(), key=lambda pair: abs(pair[0]))
+            text += f"""\
+In {kind}, {len(gaps[kind])} of the report's {len({row.setting for row in rows})} different \
+settings ran at full length. The largest difference from
+the report's accuracy is {gap:+.2f} percentage points: {values}.
+"""
+    return f"{text or 'No full-length run yet.'}\n\n{markdown(cells)}"
 
 
 def verdicts(rows: list[Row], runs: list[Run]) -> str:
@@ -250,7 +246,8 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
     cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
               "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
     for better, worse in sorted(claims, key=lambda claim: claim[0].table):
-        both = {kind: [finals(runs, row, kind) for row in (better, worse)] for kind in ARITHMETIC}
+        both = {kind: [[run.accuracy for run in select(runs, row.setting, kind)]
+                       for row in (better, worse)] for kind in ARITHMETIC}  # fmt: skip
         # The arithmetic with most runs of the side that has fewer, then of the other side.
         kind = max(both, key=lambda kind: sorted(len(side) for side in both[kind]))
         a, b = both[kind]
@@ -265,7 +262,7 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
             f"{better.accuracy - worse.accuracy:+.2f}", ours,
             kind if a or b else "", f"{len(a)}, {len(b)}", word,
         ])  # fmt: skip
-    return table(cells)
+    return markdown(cells)
 
 
 def starts(runs: list[Run]) -> str:
@@ -275,7 +272,7 @@ def starts(runs: list[Run]) -> str:
     cells[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
     for setting, n in dict.fromkeys((run.setting, run.n) for run in runs):
         end = setting.step // n // 100 * 100
-        ours = [several([run.loss[end] for run in select(runs, setting, n, kind)
+        ours = [several([run.loss[end] for run in select(runs, setting, kind, n)
                          if end in run.loss], 3) for kind in ARITHMETIC]  # fmt: skip
         if not any(ours):
             continue
@@ -285,7 +282,7 @@ def starts(runs: list[Run]) -> str:
         spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
         theirs = f"{author[setting, FIXED['gamma']][end]:.3f}"
         cells.append([*map(str, setting), length(n), str(end), theirs, spread, *ours])
-    return table(cells)
+    return markdown(cells)
 
 
 def all_runs(runs: list[Run]) -> str:
@@ -295,7 +292,7 @@ def all_runs(runs: list[Run]) -> str:
         link = f"[{run.file.removesuffix('.csv')}]({run.file})"
         final = f"{run.accuracy:.2f}" if run.n == 1 else ""
         cells.append([link, length(run.n), run.seed, run.arithmetic, final, run.machine])
-    return table(cells)
+    return markdown(cells)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -305,15 +302,15 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
     author = read_author()
     for setting, name, color in zip(settings, names(settings), COLOURS):
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
-        curves = [(f"{name}, author", "--", [author[setting, FIXED["gamma"]]])]
-        for kind, style in ARITHMETIC.items():
-            ours = [run.loss for run in select(runs, setting, n, kind) if run.loss]
-            curves += [(f"{name}, ours in {kind}", style, ours)] if ours else []
-        for label, style, losses in curves:
+        curves = [(f"{name}, author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
+        for kind, width in ARITHMETIC.items():
+            ours = [run.loss for run in select(runs, setting, kind, n) if run.loss]
+            curves += [(f"{name}, ours in {kind}", "-", width, ours)] if ours else []
+        for label, style, width, losses in curves:
             x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
             y = [[loss[i] for loss in losses] for i in x]
             low, high = [*map(min, y)], [*map(max, y)]
-            ax.plot(x, [*map(fmean, y)], style, color=color, label=label)
+            ax.plot(x, [*map(fmean, y)], style, linewidth=width, color=color, label=label)
             ax.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
     title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
     ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
@@ -361,8 +358,10 @@ def main() -> None:
     parser.error = lambda message: parser.exit(2, f"report.py: {message} (--help)\n")
     parser.add_argument("--logs", type=home, default="logs", help="folder of logs (./logs)")
     parser.add_argument("--figures", type=home, help="folder for figure4.png ... figure8.png")
-    parser.add_argument("--write", action="store_true", help="renew README.md, results/README.md")
+    parser.add_argument("--write", action="store_true", help="renew the two pages from results")
     args = parser.parse_args()
+    if args.write:
+        args.logs = HERE / "results"
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is

@@ -37,7 +37,7 @@ cd "$(dirname "$0")" || exit 1
 
 fail() { echo "run_all.sh: $2" >&2; exit "$1"; }
 
-tables='' list='' n=1 every=''
+tables='' list='' n=1 more=''
 while [ $# -gt 0 ]; do
   case $1 in
     4 | 5 | 6 | 7 | extended) tables="$tables $1" ;;
@@ -51,30 +51,27 @@ while [ $# -gt 0 ]; do
     fail 2 "cannot use '$1' (--help); the flags of train.py come after --, as in -- --seed 1"
   shift
 done
-[ "$n" = 1 ] || every=" --log-every $(((n + 99) / n))"
+[ "$n" = 1 ] || more=" --log-every $(((n + 99) / n))"  # 100 / n, rounded up
+[ $# = 0 ] || more="$more$(printf ' %q' "$@")"
 
 runs=$(while read -r table accuracy optimizer lr bs step iters; do
   [[ " ${tables:-4 5 6 7} " == *" $table "* && $iters ]] || continue
-  echo "--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))$every"
+  flags="--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))"
+  echo "python train.py $flags$more"
 done <<< "$rows" | awk '!seen[$0]++')  # a row that tables share is one run
 
-if [ "$list" ]; then
-  while read -r flags; do
-    echo "python train.py $flags$([ $# = 0 ] || printf ' %q' "$@")"
-  done <<< "$runs"
-  exit
-fi
+[ -z "$list" ] || { echo "$runs"; exit; }
 
 python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' 2> /dev/null ||
   fail 127 "no python with PyTorch here; activate the environment (source .venv/bin/activate)"
 
 i=0 total=$(grep -c . <<< "$runs") failed=''
-while read -r -u 3 -a flags; do  # not from stdin, which is train.py's
+while read -r -u 3 run; do  # not from stdin, which is train.py's
   echo "== Run $((++i)) of $total, $((SECONDS / 60)) min so far"
-  python train.py "${flags[@]}" "$@"
+  eval "$run"
   status=$?
   [ $status != 2 ] || exit 2  # a bad flag: every row would fail alike
-  [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: ${flags[*]} $*"$'\n'
+  [ $status = 0 ] || failed="${failed}run_all.sh: failed, exit $status: $run"$'\n'
 done 3<<< "$runs"
 
 # The folder to which they wrote: the last --logs, if there is one.

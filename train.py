@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = lambda message: fail(f"{message} (--help)", 2)
     add = parser.add_argument
     add("--optimizer", choices="sgd adam adagrad asgd".split(), default="sgd", help="(%(default)s)")
-    add("--lr", type=float, default=0.3, dest="lr0", help="first learning rate (%(default)s)")
+    add("--lr", type=float, default=0.3, dest="lr0", help="initial learning rate (%(default)s)")
     add("--bs", type=int, default=128, help="batch size (%(default)s)")
     add("--step", type=int, default=8000, help="iterations between two decays (%(default)s)")
     add("--gamma", type=float, default=0.2, help="factor of each decay (%(default)s)")
@@ -65,8 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these found")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
         help="of convolutions on CUDA; bf16: autocast anywhere (%(default)s)")  # fmt: skip
-    add("--compile", action="store_true", help="compile the network, on CUDA before it is recorded")
-    add("--no-graph", action="store_true", help="CUDA: record nothing, plain PyTorch")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--no-graph", action="store_true", help="CUDA: plain PyTorch, no CUDA graph")
     add("--log-every", type=int, default=100, help="iterations between lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="iterations between evaluations (%(default)s)")
     add("--ckpt-every", type=float, default=60, help="seconds between checkpoints (%(default)s)")
@@ -229,7 +229,7 @@ def load(path: Path, model: ResNet, *keys: str) -> list:
 
 
 class Run:
-    """A run's files and progress; its checkpoint holds them with the model and the optimizer."""
+    """The paths of a run's files, and how far it is: its iteration, seconds and log so far."""
 
     def __init__(self, args: argparse.Namespace):
         self.config = settings(args)
@@ -258,7 +258,7 @@ class Run:
             pass  # Windows, or a file system without locks: a second process is not noticed
 
     def resume(self, model: ResNet, optimizer: optim.Optimizer) -> None:
-        """Bring all to where the checkpoint is; a new run saves one first and starts alike."""
+        """Bring all to where the checkpoint is; a new run first saves one, and starts from it."""
         if not self.ckpt_path.exists():
             if self.log.tell() > len(self.lines):
                 fail(f"{self.log_path} has no checkpoint: if it is unfinished, move it away")
@@ -321,7 +321,7 @@ def check_against_cpu(model: ResNet, split: data.Split) -> None:
         loss = F.cross_entropy(twin(data.augment(data.pad(images), plan)), labels[plan[0]])
         loss.backward()
         results.append([loss.detach().cpu(), *(p.grad.cpu() for p in twin.parameters())])
-    # Errors of 1e-4 in each convolution give 0.2, by ReLU's kinks; a wrong gradient gives about 1.
+    # Rounding by 1e-4 in each convolution gives 0.2, as ReLU switches; a wrong gradient, about 1.
     if not all((here - cpu).norm() <= 0.5 * cpu.norm() for here, cpu in zip(*results)):
         fail(f"PyTorch {torch.__version__} computes wrong gradients on {split.labels.device.type}, "
              "compared with the CPU: use --device cpu, or a newer PyTorch")  # fmt: skip
@@ -333,7 +333,7 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args)
     if run.is_complete():
         run.ckpt_path.unlink(missing_ok=True)
-        return print(f"{run.log_path} is complete; delete it to train it again")
+        return print(f"{run.log_path} is complete; move it away to train it again")
     device = open_device(args.device, args.precision)
     train_split, test_split = data.load(args.data, device)
     if bs > len(train_split.labels):
