@@ -839,7 +839,7 @@ not tested |\
 def test_start_of_training():
     eight, ten = ROWS[13].setting, ROWS[14].setting
     lines = report.starts([
-        made_up(eight, "bf16", loss={8000: 0.8}), made_up(eight, loss={}), made_up(ten, loss={1: 1}),
+        made_up(eight, "bf16", loss={8000: 0.8}), made_up(eight), made_up(ten, loss={1: 1}),
         *(made_up(ten, loss={1000: loss}, n=10) for loss in (0.1, 0.955, 0.955)),
         made_up(ten, "bf16", loss={1000: 0.2}, n=10),
         made_up(ROWS[0].setting, loss={100: 1}, n=100)]).splitlines()  # fmt: skip
@@ -868,10 +868,10 @@ def test_logs(tmp_path):
     }
     bad = [
         (head, "incomplete: no line yet"),
-        (whole[:-1], "incomplete: 16000 of 32000 iterations, loss 2.0"),  # its last line is not finished
-        (whole.replace(",80.00,", ",,"), "incomplete: 32000 of 32000 iterations, loss 1.0"),
+        (whole[:-1], "incomplete: iteration 16000 of 32000, loss 2.0"),  # the end is missing
+        (whole.replace(",80.00,", ",,"), "incomplete: iteration 32000 of 32000, loss 1.0"),
         (head + half.replace(",2.0,", ",nan,"),
-         "incomplete: 16000 of 32000 iterations, loss nan"),
+         "incomplete: iteration 16000 of 32000, loss nan"),
         *((whole.replace(name, "x"), f"damaged: KeyError('{name}')")
           for name in ("lr0", "seed", "precision", "torch", "iters")),
         *((head + half.replace(*change) + end, "more than one setting, seed or arithmetic in it")
