@@ -213,7 +213,7 @@ def test_figure_1(tmp_path):
 
 # ---- training ------------------------------------------------------------------------------------
 def config(*argv: str) -> dict:
-    return train.settings(train.parse_args([*map(str, argv)]))
+    return train.make_config(train.parse_args([*map(str, argv)]))
 
 
 def test_optimizers_are_pytorchs_with_the_reports_settings():

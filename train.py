@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settings(args: argparse.Namespace) -> dict:
+def make_config(args: argparse.Namespace) -> dict:
     """SETTINGS with their values; "" where the optimizer has no such setting."""
     config = {name: vars(args)[name] for name in SETTINGS}
     config["momentum"] = args.momentum if args.optimizer == "sgd" else ""
@@ -232,7 +232,7 @@ class Run:
     """The paths of a run's files, and how far it is: its iteration, seconds and log so far."""
 
     def __init__(self, args: argparse.Namespace):
-        self.config = settings(args)
+        self.config = make_config(args)
         self.name = run_name(self.config)
         files = [Path(args.logs, f"{self.name}.{ending}") for ending in ("csv", "pt", "ckpt")]
         self.log_path, self.weights_path, self.ckpt_path = files
