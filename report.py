@@ -207,6 +207,11 @@ def select(runs: list[Run], setting: Setting, kind: str, n: int = 1) -> list[Run
     return [run for run in runs if (run.setting, run.n, run.arithmetic) == same]
 
 
+def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
+    """The accuracies of a row's full-length runs in one arithmetic."""
+    return [run.accuracy for run in select(runs, row.setting, kind)]
+
+
 def summary(rows: list[Row], runs: list[Run]) -> str:
     """Two sentences for each arithmetic, and a table of all rows: the report's accuracy, ours, and
     the difference."""
@@ -216,8 +221,7 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
     for row in rows:
         cells.append([row.table, *map(str, row.setting), f"{row.accuracy:.2f}"])
         for kind in ARITHMETIC:
-            ours = [run.accuracy for run in select(runs, row.setting, kind)]
-            difference, interval = "", ""
+            ours, difference, interval = finals(runs, row, kind), "", ""
             if ours:
                 gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
@@ -235,7 +239,7 @@ In {kind}, {len(gaps[kind])} of the report's {len({row.setting for row in rows})
 settings ran at full length. The largest difference from
 the report's accuracy is {gap:+.2f} percentage points: {values}.
 """
-    return f"{text or 'No full-length run yet.'}\n\n{markdown(cells)}"
+    return (text or "No full-length run yet.\n") + "\n" + markdown(cells)
 
 
 def verdicts(rows: list[Row], runs: list[Run]) -> str:
@@ -246,8 +250,7 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
     cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
               "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
     for better, worse in sorted(claims, key=lambda claim: claim[0].table):
-        both = {kind: [[run.accuracy for run in select(runs, row.setting, kind)]
-                       for row in (better, worse)] for kind in ARITHMETIC}  # fmt: skip
+        both = {kind: [finals(runs, row, kind) for row in (better, worse)] for kind in ARITHMETIC}
         # The arithmetic with most runs of the side that has fewer, then of the other side.
         kind = max(both, key=lambda kind: sorted(len(side) for side in both[kind]))
         a, b = both[kind]

@@ -804,6 +804,15 @@ the report's accuracy is -19.65 percentage points: 68.00, 68.10 % against 87.70 
 In TF32, 2 of the report's 13 different settings ran at full length. The largest difference from
 the report's accuracy is +1.10 percentage points: 91.50 ± 1.00 (3) % against 90.40 %.
 In bf16, 2 of""")
+    assert (
+        """
+
+| Table | optimizer | lr | bs | step | iters | Report, % | Ours in float32, % | Difference | \
+Ours in TF32, % | Difference | 95 % for one more run | \
+Ours in bf16, % | Difference | 95 % for one more run |
+|---|"""
+        in text
+    )
     lines = text.splitlines()[-16:]
     for row, cells in {
         0: "|  |  |  |  |  |  |  |  |",
@@ -815,7 +824,8 @@ In bf16, 2 of""")
     }.items():  # fmt: skip
         table, accuracy, setting = ROWS[row]
         assert lines[row] == f"| {table} | {' | '.join(map(str, setting))} | {accuracy:.2f} {cells}"
-    assert report.summary(ROWS, RUNS[-16:]).startswith("No full-length run yet.\n\n| Table |")
+    none = report.summary(ROWS, RUNS[-16:])
+    assert none.startswith("No full-length run yet.\n\n| Table |") and "Ours" not in none
 
 
 def test_verdicts():
@@ -915,7 +925,12 @@ def test_figures(number):
     pytest.importorskip("matplotlib")
 
     def curves(ax) -> dict[str, tuple]:
-        """A panel's curves: style, {iteration: loss}, by label."""
+        """A panel's curves: style, {iteration: loss}, by label. Its legend names these only."""
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+            line.get_label() for line in ax.lines]  # fmt: skip
+        colors = dict(zip(names, report.COLOURS))
+        assert all(line.get_color() == colors[line.get_label().rpartition(", ")[0]]
+                   for line in ax.lines)  # fmt: skip
         return {line.get_label(): (line.get_linestyle(), dict(zip(*line.get_data())))
                 for line in ax.lines}  # fmt: skip
 
