@@ -18,6 +18,8 @@ import math
 import os
 import signal
 import sys
+from bisect import bisect
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from typing import NamedTuple
@@ -153,13 +155,9 @@ def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
 def t_quantile(dof: float) -> float:
     """The t that |T| exceeds in 5 % of cases, for Student's T with dof >= 1 degrees of freedom."""
     # T = sqrt(dof) * tan(angle), and the angle's density is as cos(angle) ** (dof - 1).
-    width = math.pi / 2 / 20_000
-    areas = [math.cos((i + 0.5) * width) ** (dof - 1) for i in range(20_000)]
-    missing, i = 0.95 * sum(areas), 0
-    while missing > areas[i]:
-        missing -= areas[i]
-        i += 1
-    return math.sqrt(dof) * math.tan((i + missing / areas[i]) * width)
+    angles = [math.pi / 2 * (i + 0.5) / 100_000 for i in range(100_000)]
+    areas = [*accumulate(math.cos(angle) ** (dof - 1) for angle in angles)]
+    return math.sqrt(dof) * math.tan(angles[bisect(areas, 0.95 * areas[-1])])
 
 
 def welch(a: list[float], b: list[float]) -> float:
