@@ -849,13 +849,14 @@ def test_logs(tmp_path):
     constant = "sgd,0.3,128,8000,0.2,0.9,,0.0001,32000,1,cifar10,tf32,cpu 2 threads,2.15"
     head, half, end = (",".join(train.COLUMNS) + "\n", f"{constant},16000,0.1,2.0,,3600\n",
                        f"{constant},32000,0.1,1.0,80.00,3600\n")  # fmt: skip
-    whole, tenth = head + half + end, constant.replace("8000", "800").replace("32000", "3200")
+    whole, short = head + half + end, constant.replace("8000", "160").replace("32000", "640")
+    decay = f"{constant},7900,0.3,2.0,,3600\n{constant},8000,0.3,3.0,,3600\n"
     good = {
         "bf16": whole.replace(",tf32,", ",bf16,"),
         "full": head + half.replace("2 threads,2.15", "8 threads,2.14") + end,
         "seed2": whole.replace(",1,cifar10", ",2,cifar10"),
-        "seed3": whole.replace(",1,cifar10", ",3,cifar10"),
-        "tenth": head + "".join(f"{tenth},{10 * i},0.1,{i},{i},9\n" for i in range(1, 321)),
+        "seed3": (head + decay + end).replace(",1,cifar10", ",3,cifar10"),
+        "short": head + "".join(f"{short},{10 * i},0.1,{i},{i},9\n" for i in range(1, 65)),
     }
     bad = [
         (head, "incomplete: no line yet"),
@@ -887,9 +888,15 @@ def test_logs(tmp_path):
     assert left_out == [f"- `z{i:02}.csv`: {why}" for i, (_, why) in enumerate(bad)]
     assert [run.setting for run in runs] == [ROWS[13].setting] * 5
     assert runs[0].loss == {}  # lines of 16,000 iterations say nothing of a hundred
-    assert runs[4].loss == {100 * i: 10 * i - 4.5 for i in range(1, 33)}
-    assert report.starts(runs).splitlines()[2:] == [
-        "| sgd | 0.3 | 128 | 8000 | 32000 | 1/10 | 800 | 1.862 | 1.660 to 1.862 (7) | 75.500 |"
+    assert runs[4].loss == {100 * i: 10 * i - 4.5 for i in range(1, 7)}
+    full, start = ([LOSS[run][end] for run in SEVEN if int(AUTHOR[run]["step"]) >= end]
+                   for end in (8000, 100))  # fmt: skip
+    assert (len(full), len(start)) == (5, 7)
+    assert report.starts([*runs, made_up(ROWS[0].setting)]).splitlines()[2:] == [
+        f"| sgd | 0.3 | 128 | 8000 | 32000 | full | 8000 | {LOSS['0406214550'][8000]:.3f} | "
+        f"{min(full):.3f} to {max(full):.3f} (5) | 3.000 |",
+        f"| sgd | 0.3 | 128 | 8000 | 32000 | 1/50 | 100 | {LOSS['0406214550'][100]:.3f} | "
+        f"{min(start):.3f} to {max(start):.3f} (7) | 5.500 |",
     ]
     two, eight = "cpu 2 threads, PyTorch 2.15", "cpu 8 threads, PyTorch 2.14"
     assert report.all_runs(runs).splitlines()[2:] == [
@@ -897,7 +904,7 @@ def test_logs(tmp_path):
         f"| [full](full.csv) | full | 1 | float32 | 80.00 | {eight}, then {two} |",
         f"| [seed2](seed2.csv) | full | 2 | float32 | 80.00 | {two} |",
         f"| [seed3](seed3.csv) | full | 3 | float32 | 80.00 | {two} |",
-        f"| [tenth](tenth.csv) | 1/10 | 1 | float32 |  | {two} |",
+        f"| [short](short.csv) | 1/50 | 1 | float32 |  | {two} |",
     ]
 
 
