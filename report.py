@@ -120,13 +120,12 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
-    before, sums = 0, {0: 0.0}  # by iteration: the sum of all losses until then
+    ends = {0, *(int(line["iteration"]) for line in lines)}
+    losses = []  # of each iteration: its line's mean
     for line in lines:
-        end = int(line["iteration"])
-        sums[end] = sums[before] + (end - before) * float(line["loss"])
-        before = end
-    hundreds = [end for end in sums if end % 100 == 0 and end - 100 in sums]
-    loss = {end: (sums[end] - sums[end - 100]) / 100 for end in hundreds}
+        losses += [float(line["loss"])] * (int(line["iteration"]) - len(losses))
+    hundreds = [i for i in range(100, len(losses) + 1, 100) if {i - 100, i} <= ends]
+    loss = {i: fmean(losses[i - 100 : i]) for i in hundreds}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
     setting, n = full_setting(as_setting(last), rows)
     accuracy = float(last["test_acc"])

@@ -365,9 +365,8 @@ def train(args: argparse.Namespace) -> None:
         run.iteration = stop
 
         finite = math.isfinite(loss)
-        accuracy = ""
-        if finite and (stop == iters or stop % args.eval_every == 0):
-            accuracy = percent(evaluate(model, test_split, args.precision))
+        due = finite and (stop == iters or stop % args.eval_every == 0)
+        accuracy = percent(evaluate(model, test_split, args.precision)) if due else ""
         line = f"{constant},{stop},{lr:.6g},{loss:.6f},{accuracy},{run.seconds:.2f}\n"
         run.lines += line
         # First the state, then the line: no log is ahead of its checkpoint or its weights.
