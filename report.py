@@ -304,8 +304,10 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
         curves = [(f"{name}, author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
         for kind, width in ARITHMETIC.items():
-            ours = [run.loss for run in select(runs, setting, kind, n) if run.loss]
-            curves += [(f"{name}, ours in {kind}", "-", width, ours)] if ours else []
+            ours = [run.loss for run in select(runs, setting, kind, n)]
+            ours = [loss for loss in ours if min(loss, default=math.inf) <= end]
+            if ours:
+                curves.append((f"{name}, ours in {kind}", "-", width, ours))
         for label, style, width, losses in curves:
             x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
             y = [[loss[i] for loss in losses] for i in x]

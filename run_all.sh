@@ -51,7 +51,9 @@ while [ $# -gt 0 ]; do
     fail 2 "cannot use '$1' (--help); the flags of train.py come after --, as in -- --seed 1"
   shift
 done
-[ "$n" = 1 ] || more=" --log-every $(((n + 99) / n))"  # 100 / n, rounded up
+every=$((n < 100 ? 100 / n : 1))
+while [ $((100 % every)) != 0 ]; do every=$((every - 1)); done  # report.py compares hundreds
+[ "$n" = 1 ] || more=" --log-every $every"
 [ $# = 0 ] || more="$more$(printf ' %q' "$@")"
 
 runs=$(while read -r table accuracy optimizer lr bs step iters; do

@@ -657,9 +657,9 @@ ROWS = report.read_rows()  # of the report's tables
 
 def commands(tables: str, n: int = 1) -> list[str]:
     """What run_all.sh is to run for these tables, shortened by n, each run once."""
+    every = {1: "", 8: " --log-every 10", 40: " --log-every 2", 1000: " --log-every 1"}[n]
     return list(dict.fromkeys(
-        f"--optimizer {name} --lr {lr} --bs {bs} --step {step // n} --iters {iters // n}"
-        + f" --log-every {math.ceil(100 / n)}" * (n > 1)
+        f"--optimizer {name} --lr {lr} --bs {bs} --step {step // n} --iters {iters // n}{every}"
         for table, _, (name, lr, bs, step, iters) in ROWS if table in (tables or "4567")
     ))  # fmt: skip
 
@@ -684,7 +684,7 @@ def test_list(tmp_path):
     (tmp_path / "a project").symlink_to(HERE)
     flags = ["--logs", "it's a folder", "--data=a\\b$HOME"]
     counts = {"": 12, "4": 4, "5 7": 7, "extended 6": 5}
-    for tables, n in itertools.product(counts, (1, 8, 1000)):
+    for tables, n in itertools.product(counts, (1, 8, 40, 1000)):
         args = ["--list", *tables.split(), "--shorten", str(n), "--", *flags]
         lines = script(tmp_path / "a project" / "run_all.sh", *args).stdout.splitlines()
         wanted = [f"python train.py {run}".split() + flags for run in commands(tables, n)]
@@ -937,7 +937,7 @@ def test_figures(number):
     full, tenth = report.draw_figure(number, ROWS, [
         made_up(last, loss={1000: 1, 2000: 2}), made_up(last, loss={1000: 3, 2000: 6}),
         made_up(last, "bf16", loss={1000: 5}), made_up(last, "TF32"),  # this one has no losses
-        made_up(first, loss=hundreds, n=10),
+        made_up(first, loss=hundreds, n=10), made_up(last, loss={3200: 1}, n=10),  # after its decay
         made_up(first, loss=hundreds, n=100)]).axes  # fmt: skip
     titles = "no full-length run yet", "full length", "ours at 1/10, until their first decay"
     assert tuple(ax.get_title(loc="left") for ax in (empty, full, tenth)) == titles

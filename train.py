@@ -7,9 +7,9 @@
 
 These are Table 8, the report's best row; the SGD row of Tables 4 and 5; a try without data set and
 GPU; and the test accuracy of saved weights. A run writes LOGS/NAME.csv, the log, LOGS/NAME.pt, the
-final weights, and about once a minute LOGS/NAME.ckpt, the checkpoint; NAME is the settings. Stop it
-in any way: the same command continues from the checkpoint and ends with the log and the weights of
-an undisturbed run. A complete run is not repeated.
+final weights, and LOGS/NAME.ckpt, the checkpoint, at a line of the log and at most once a minute;
+NAME is the settings. Stop it in any way: the same command continues from the checkpoint and ends
+with the log and the weights of an undisturbed run. A complete run is not repeated.
 
 Exit status: 0 done, 1 an error, 2 a bad flag, 3 the loss is no longer finite.
 """
@@ -164,7 +164,7 @@ class RecordedBatch:
             try:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_batch(self.plan)
-            except Exception as error:  # its context: leaving a broken recording raises once more
+            except Exception as error:  # its context is the cause: leaving a recording raises, too
                 why = str(error.__context__ or error).partition("\n")[0]
                 fail(f"the iteration cannot be recorded ({why}); use --no-graph")
         self.plan.copy_(plan)
@@ -260,14 +260,14 @@ class Run:
     def resume(self, model: ResNet, optimizer: optim.Optimizer) -> None:
         """Bring all to where the checkpoint is; a new run first saves one, and starts from it."""
         if not self.ckpt_path.exists():
-            if self.log.tell() > len(self.lines):
+            if self.log.tell() > len(self.lines):  # more than the header
                 fail(f"{self.log_path} has no checkpoint: if it is unfinished, move it away")
             self.save_checkpoint(model, optimizer)
         keys = ("config", "optimizer", "iteration", "seconds", "lines")
         config, state, self.iteration, self.seconds, self.lines = load(self.ckpt_path, model, *keys)
         if config != self.config:
             fail(f"{self.ckpt_path} is of another run; move it and the log away")
-        # The state alone, in this device's layout; the groups hold flags of this device.
+        # The state alone, laid out as the parameters are: the groups hold the other device's flags.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         for p, values in optimizer.state.items():
             for key, value in values.items():
@@ -411,7 +411,8 @@ def main() -> None:
     except (data.DataError, torch.OutOfMemoryError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or args.logs}: {error.strerror}; mend that and start again")
+        where = error.filename or f"{args.logs}, or the output"
+        fail(f"{where}: {error.strerror}; mend that and start again")
 
 
 if __name__ == "__main__":
