@@ -1020,8 +1020,9 @@ def test_numbers_in_the_text():
     bridge = ["sgd_lr0.3_bs32_step5000_bf16", "sgd_lr0.3_bs32_step5000"]
     apart = [mean(losses(name), end) / mean(LOSS["0406204434"], end)
              for end in (5000, 32000) for name in bridge]  # fmt: skip
-    second = [mean(losses(f"sgd_lr0.1_bs64_step5000{name}"), 3000) / mean(LOSS["0406160108"], 3000)
-              for name in ("_bf16", "")]  # fmt: skip
+    pair = ["sgd_lr0.1_bs64_step5000_bf16", "sgd_lr0.1_bs64_step5000"]
+    second = [mean(losses(name), 8000) / mean(LOSS["0406160108"], 8000) for name in pair]
+    right = [x["test_acc"] for name in pair for x in log(name) if x["iteration"] == "8000"]
     ours = [x for x in read_log(RESULTS / "bench" / "cpu.csv") if x["code"] == "this code"]
     (ms,) = (float(x["ms"]) for x in ours if x["bs"] == "64")
     cost = [hours("sgd_lr0.3_bs32_step5000"), ms * 32 / 3600,
@@ -1040,6 +1041,7 @@ def test_numbers_in_the_text():
         (page, "1,000 iterations {:.2f} and {:.2f} times".format(*apart[2:])),
         (page, "mean loss is {:.2f} times the author's in".format(second[0])),
         (page, "seed0.csv) and {:.2f} times in [float32]".format(second[1])),
+        (page, "at iteration 8,000 they have {} % and {} % of".format(*right)),
         (page, f"[{tenth['2000']} %]"),
         (page, f"and {tenth['3200']} % at its end"),
         (main, f"between {min(adam.values()):.2f} and {max(adam.values()):.2f} from iteration"),
