@@ -120,6 +120,7 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
+    setting, n = full_setting(as_setting(last), rows)
     ends = {0, *(int(line["iteration"]) for line in lines)}
     losses = []  # of each iteration: its line's mean
     for line in lines:
@@ -127,7 +128,6 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     hundreds = [i for i in range(100, len(losses) + 1, 100) if {i - 100, i} <= ends]
     loss = {i: fmean(losses[i - 100 : i]) for i in hundreds}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
-    setting, n = full_setting(as_setting(last), rows)
     accuracy = float(last["test_acc"])
     return Run(path.name, setting, n, last["seed"], arithmetic(last), accuracy, loss, machine)
 
