@@ -18,8 +18,6 @@ import math
 import os
 import signal
 import sys
-from bisect import bisect
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev, variance
 from typing import NamedTuple
@@ -154,9 +152,13 @@ def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
 def t_quantile(dof: float) -> float:
     """The t that |T| exceeds in 5 % of cases, for Student's T with dof >= 1 degrees of freedom."""
     # T = sqrt(dof) * tan(angle), and the angle's density is as cos(angle) ** (dof - 1).
-    angles = [math.pi / 2 * (i + 0.5) / 100_000 for i in range(100_000)]
-    areas = [*accumulate(math.cos(angle) ** (dof - 1) for angle in angles)]
-    return math.sqrt(dof) * math.tan(angles[bisect(areas, 0.95 * areas[-1])])
+    width = math.pi / 2 / 20_000
+    areas = [math.cos((i + 0.5) * width) ** (dof - 1) for i in range(20_000)]
+    missing, i = 0.95 * sum(areas), 0
+    while missing > areas[i]:
+        missing -= areas[i]
+        i += 1
+    return math.sqrt(dof) * math.tan((i + missing / areas[i]) * width)
 
 
 def welch(a: list[float], b: list[float]) -> float:
@@ -304,12 +306,12 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
         end = setting.iters if n == 1 else setting.step // n // 100 * 100
         curves = [(f"{name}, author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
         for kind, width in ARITHMETIC.items():
-            ours = [run.loss for run in select(runs, setting, kind, n)]
-            ours = [loss for loss in ours if min(loss, default=math.inf) <= end]
-            if ours:
-                curves.append((f"{name}, ours in {kind}", "-", width, ours))
+            ours = [run.loss for run in select(runs, setting, kind, n) if run.loss]
+            curves += [(f"{name}, ours in {kind}", "-", width, ours)] if ours else []
         for label, style, width, losses in curves:
             x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
+            if not x:
+                continue  # neither a line nor a name in the legend
             y = [[loss[i] for loss in losses] for i in x]
             low, high = [*map(min, y)], [*map(max, y)]
             ax.plot(x, [*map(fmean, y)], style, linewidth=width, color=color, label=label)

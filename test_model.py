@@ -359,11 +359,13 @@ def slow_clock() -> None:
     train.save = lambda *args, old=train.save, **named: later(10_000, old(*args, **named))
 
 
-def test_log_weights_and_output_against_a_recomputation(tmp_path):
+@pytest.mark.parametrize("where", ["synthetic", pytest.param(HERE / "data", marks=needs_cifar10)])
+def test_log_weights_and_output_against_a_recomputation(where, tmp_path):
     """Losses, accuracies, a decay of the learning rate, and an epoch's short last batch."""
-    result = call(tmp_path, *SHORT, hook=(slow_clock,))
+    result = call(tmp_path, *SHORT, "--data", where, hook=(slow_clock,))
     assert result.code == 0
-    training, test = ten_images("synthetic", CPU)
+    name = NAME if where == "synthetic" else NAME.replace("_synthetic", "")
+    training, test = ten_images(where, CPU)
     torch.manual_seed(1)
     network = model.ResNet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
@@ -381,7 +383,7 @@ def test_log_weights_and_output_against_a_recomputation(tmp_path):
             guess = network.eval()(data.scale(test.images)).argmax(1)
         network.train()
         accuracy[t + 1] = f"{100 * (guess == test.labels).float().mean():.2f}"
-    rows = read_log(tmp_path / "logs" / f"{NAME}.csv")
+    rows = read_log(tmp_path / "logs" / f"{name}.csv")
     columns = "optimizer lr0 bs step gamma momentum betas wd iters seed data precision device torch"
     assert [*rows[0]] == [*columns.split(), "iteration", "lr", "loss", "test_acc", "seconds"]
     assert [row["iteration"] for row in rows] == ["2", "4", "5"]
@@ -391,17 +393,17 @@ def test_log_weights_and_output_against_a_recomputation(tmp_path):
     assert logged == pytest.approx(means, rel=1e-5)
     assert [row["test_acc"] for row in rows] == ["", accuracy[4], accuracy[5]]
     assert [row["seconds"] for row in rows] == ["25.00", "50.00", "75.00"]  # of training alone
-    saved = torch.load(tmp_path / "logs" / f"{NAME}.pt", weights_only=True)
-    assert saved["config"] == config(*SHORT)
+    saved = torch.load(tmp_path / "logs" / f"{name}.pt", weights_only=True)
+    assert saved["config"] == config(*SHORT, "--data", where)
     assert all(torch.equal(saved["model"][k], value) for k, value in network.state_dict().items())
     constant = [*map(str, saved["config"].values()), "cpu 1 threads", torch.__version__]
     assert all([*row.values()][:14] == constant for row in rows)
     assert result.out.splitlines() == [
-        f"{NAME}: cpu 1 threads, 4,883,626 parameters, from iteration 0, a line every 2",
-        f"2/5  loss {logged[0]:.4f}  1 min left  {NAME}",
-        f"4/5  loss {logged[1]:.4f}  test {accuracy[4]} %  0 min left  {NAME}",
-        f"5/5  loss {logged[2]:.4f}  test {accuracy[5]} %  0 min left  {NAME}",
-        f"75 s of training; log logs/{NAME}.csv, weights logs/{NAME}.pt",
+        f"{name}: cpu 1 threads, 4,883,626 parameters, from iteration 0, a line every 2",
+        f"2/5  loss {logged[0]:.4f}  1 min left  {name}",
+        f"4/5  loss {logged[1]:.4f}  test {accuracy[4]} %  0 min left  {name}",
+        f"5/5  loss {logged[2]:.4f}  test {accuracy[5]} %  0 min left  {name}",
+        f"75 s of training; log logs/{name}.csv, weights logs/{name}.pt",
     ]
 
 
@@ -783,8 +785,8 @@ def test_rows_and_settings_are_the_reports():
 
 
 def test_t_quantile_and_welch():
-    for dof, t in ((1, 12.706), (1.5, 6.0167), (2, 4.3027), (6, 2.4469), (30, 2.0423)):
-        assert report.t_quantile(dof) == pytest.approx(t, rel=2e-4)
+    for dof, t in ((1, 12.7062), (1.5, 6.0167), (2, 4.3027), (6, 2.4469), (30, 2.0423)):
+        assert report.t_quantile(dof) == pytest.approx(t, abs=1e-4)
     # Variances 3 and 10, n = 3 and 5: squares of the standard errors 1 and 2, so
     # dof = (1 + 2)^2 / (1^2 / 2 + 2^2 / 4) = 6, and half the interval 2.4469 * sqrt(1 + 2).
     half = report.welch([90 - 3**0.5, 90, 90 + 3**0.5], [78, 80, 82, 84, 86])
@@ -844,19 +846,39 @@ not tested |\
         assert line in lines
 
 
+def test_start_of_training():
+    eight, ten = ROWS[13].setting, ROWS[14].setting
+    lines = report.starts([
+        made_up(eight, "bf16", loss={8000: 0.8}), made_up(eight), made_up(ten, loss={1: 1}),
+        *(made_up(ten, loss={1000: loss}, n=10) for loss in (0.1, 0.955, 0.955)),
+        made_up(ten, "bf16", loss={1000: 0.2}, n=10),
+        made_up(eight, loss={100: 2.5}, n=50), made_up(ROWS[0].setting, loss={100: 1}, n=100),
+    ]).splitlines()  # fmt: skip
+    five = [LOSS[run][8000] for run in SEVEN if int(AUTHOR[run]["step"]) >= 8000]
+    start = [LOSS[run][100] for run in SEVEN]
+    assert len(SEVEN) == 7 and len(five) == 5
+    assert lines[2:] == [
+        f"| sgd | 0.3 | 128 | 8000 | 32000 | full | 8000 | {LOSS['0406214550'][8000]:.3f} | "
+        f"{min(five):.3f} to {max(five):.3f} (5) |  | 0.800 |",
+        f"| sgd | 0.3 | 128 | 10000 | 32000 | 1/10 | 1000 | {LOSS['0406223010'][1000]:.3f} | "
+        "1.547 to 1.718 (7) | 0.670 ± 0.494 (3) | 0.200 |",
+        f"| sgd | 0.3 | 128 | 8000 | 32000 | 1/50 | 100 | {LOSS['0406214550'][100]:.3f} | "
+        f"{min(start):.3f} to {max(start):.3f} (7) | 2.500 |  |",
+    ]
+
+
 def test_logs(tmp_path):
     shutil.copy(RESULTS / "author.csv", tmp_path)
     constant = "sgd,0.3,128,8000,0.2,0.9,,0.0001,32000,1,cifar10,tf32,cpu 2 threads,2.15"
     head, half, end = (",".join(train.COLUMNS) + "\n", f"{constant},16000,0.1,2.0,,3600\n",
                        f"{constant},32000,0.1,1.0,80.00,3600\n")  # fmt: skip
-    whole, short = head + half + end, constant.replace("8000", "160").replace("32000", "640")
-    decay = f"{constant},7900,0.3,2.0,,3600\n{constant},8000,0.3,3.0,,3600\n"
+    whole, tenth = head + half + end, constant.replace("8000", "800").replace("32000", "3200")
     good = {
         "bf16": whole.replace(",tf32,", ",bf16,"),
         "full": head + half.replace("2 threads,2.15", "8 threads,2.14") + end,
         "seed2": whole.replace(",1,cifar10", ",2,cifar10"),
-        "seed3": (head + decay + end).replace(",1,cifar10", ",3,cifar10"),
-        "short": head + "".join(f"{short},{10 * i},0.1,{i},{i},9\n" for i in range(1, 65)),
+        "seed3": whole.replace(",1,cifar10", ",3,cifar10"),
+        "tenth": head + "".join(f"{tenth},{10 * i},0.1,{i},{i},9\n" for i in range(1, 321)),
     }
     bad = [
         (head, "incomplete: no line yet"),
@@ -888,23 +910,14 @@ def test_logs(tmp_path):
     assert left_out == [f"- `z{i:02}.csv`: {why}" for i, (_, why) in enumerate(bad)]
     assert [run.setting for run in runs] == [ROWS[13].setting] * 5
     assert runs[0].loss == {}  # lines of 16,000 iterations say nothing of a hundred
-    assert runs[4].loss == {100 * i: 10 * i - 4.5 for i in range(1, 7)}
-    full, start = ([LOSS[run][end] for run in SEVEN if int(AUTHOR[run]["step"]) >= end]
-                   for end in (8000, 100))  # fmt: skip
-    assert (len(full), len(start)) == (5, 7)
-    assert report.starts([*runs, made_up(ROWS[0].setting)]).splitlines()[2:] == [
-        f"| sgd | 0.3 | 128 | 8000 | 32000 | full | 8000 | {LOSS['0406214550'][8000]:.3f} | "
-        f"{min(full):.3f} to {max(full):.3f} (5) | 3.000 |",
-        f"| sgd | 0.3 | 128 | 8000 | 32000 | 1/50 | 100 | {LOSS['0406214550'][100]:.3f} | "
-        f"{min(start):.3f} to {max(start):.3f} (7) | 5.500 |",
-    ]
+    assert runs[4].loss == {100 * i: 10 * i - 4.5 for i in range(1, 33)}
     two, eight = "cpu 2 threads, PyTorch 2.15", "cpu 8 threads, PyTorch 2.14"
     assert report.all_runs(runs).splitlines()[2:] == [
         f"| [bf16](bf16.csv) | full | 1 | bf16 | 80.00 | {two} |",
         f"| [full](full.csv) | full | 1 | float32 | 80.00 | {eight}, then {two} |",
         f"| [seed2](seed2.csv) | full | 2 | float32 | 80.00 | {two} |",
         f"| [seed3](seed3.csv) | full | 3 | float32 | 80.00 | {two} |",
-        f"| [short](short.csv) | 1/50 | 1 | float32 |  | {two} |",
+        f"| [tenth](tenth.csv) | 1/10 | 1 | float32 |  | {two} |",
     ]
 
 
