@@ -1022,6 +1022,7 @@ def test_numbers_in_the_text():
         return statistics.median(rates) * 32000 / 3600
 
     early = [mean(LOSS[run], 4000) for run in SEVEN]
+    tf32 = [mean(losses(f"sgd_lr0.3_bs128_step{n}000"), 4000) for n in (4, 5, 8, 10)]
     late = [mean(LOSS[run], 32000) for run in
             ("0406223010", "0407222653", "0406214550", "0406193350")]  # fmt: skip
     adam = {i: loss for i, loss in LOSS["0406172725"].items() if 1000 <= i <= 5000}
@@ -1043,8 +1044,18 @@ def test_numbers_in_the_text():
             hours("sgd_lr0.3_bs256_step500_iters3200")]  # fmt: skip
     total = sum(runs * cost for runs, cost in zip((1, 6, 4, 1), cost))
     bf16 = hours(bridge[0], first=24100)
+    h200 = {(x["bs"], x["code"]): x for x in read_log(RESULTS / "bench" / "h200.csv")}
+    recorded, compiled = ([h200[bs, f"this code, {how}"] for bs in ("64", "128")]
+                          for how in ("recorded", "compiled"))  # fmt: skip
+    minutes = [60 * hours("h200/sgd_lr0.3_bs32_step5000")]
+    minutes += [float(x["ms"]) * 32 / 60 for x in recorded]
+    saved = [32 * (float(x["ms"]) - float(y["ms"])) for x, y in zip(recorded, compiled)]
+    at_20000 = [x["test_acc"] for name in ("h200/sgd_lr0.3_bs32_step5000", bridge[1])
+                for x in log(name) if x["iteration"] == "20000"]  # fmt: skip
     for text, words in (
-        (page, f"is {min(early):.2f} to {max(early):.2f}. Decay step 10,000"),
+        (page, f"is {min(early):.2f} to {max(early):.2f}. Our four in TF32"),
+        (page, f"have {min(tf32):.2f} to {max(tf32):.2f}, all below"),
+        (page, "it had {} % of the test images right, the float32 run {} %.".format(*at_20000)),
         (page, "iterations {:.4f} and {:.4f}, on either side of the {:.4f} of".format(*late)),
         (page, f"batch 256 ends at {late[3]:.4f} too, with 90.40 % against 92.65 %."),
         (page, "see the data {}, {}, {} and {} times".format(*epochs)),
@@ -1063,8 +1074,12 @@ def test_numbers_in_the_text():
         (main, f"are at {short[1000]:.2f} and {long[1000]:.2f} at iteration 1,000 |"),
         (main, "0.1 with step 8,000 ({} %) and 0.3 with step 10,000 ({} %)".format(*gammas)),
         (main, "see the data {}, {}, {}, {} times".format(*epochs)),
-        (main, "float32, two threads | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(*cost)),
-        (main, f"bf16`, two threads | {bf16:.1f} |"),
+        (main, "H200, TF32 | {:.1f} min | {:.1f} min | {:.1f} min |".format(*minutes)),
+        (main, "float32, two threads | {:.1f} h | {:.1f} h | {:.1f} h | {:.1f} h |".format(*cost)),
+        (main, f"bf16`, two threads | {bf16:.1f} h |"),
+        (main, "[{:.1f} and {:.1f} times]".format(*(float(x["ratio"]) for x in recorded))),
+        (main, "it {:.1f} and {:.1f} times".format(*(float(x["ratio"]) for x in compiled))),
+        (main, "run {:.0f} and {:.0f} seconds".format(*saved)),
         (main, f"about {round(total, -1):.0f} hours"),
         (main, "[{} to {} times]".format(min(x["ratio"] for x in ours),
                                          max(x["ratio"] for x in ours))),
