@@ -1022,7 +1022,10 @@ def test_numbers_in_the_text():
         return statistics.median(rates) * 32000 / 3600
 
     early = [mean(LOSS[run], 4000) for run in SEVEN]
-    tf32 = [mean(losses(f"sgd_lr0.3_bs128_step{n}000"), 4000) for n in (4, 5, 8, 10)]
+    ours = {n: losses(f"sgd_lr0.3_bs128_step{n}000") for n in (4, 5, 8, 10)}
+    tf32 = [mean(loss, 4000) for loss in ours.values()]
+    ends = [mean(ours[n], 32000) / mean(LOSS[run], 32000)
+            for n, run in ((4, "0406210323"), (5, "0406230805"))]  # fmt: skip
     late = [mean(LOSS[run], 32000) for run in
             ("0406223010", "0407222653", "0406214550", "0406193350")]  # fmt: skip
     adam = {i: loss for i, loss in LOSS["0406172725"].items() if 1000 <= i <= 5000}
@@ -1037,8 +1040,8 @@ def test_numbers_in_the_text():
     pair = ["sgd_lr0.1_bs64_step5000_bf16", "sgd_lr0.1_bs64_step5000"]
     second = [mean(losses(name), 8000) / mean(LOSS["0406160108"], 8000) for name in pair]
     right = [x["test_acc"] for name in pair for x in log(name) if x["iteration"] == "8000"]
-    ours = [x for x in read_log(RESULTS / "bench" / "cpu.csv") if x["code"] == "this code"]
-    (ms,) = (float(x["ms"]) for x in ours if x["bs"] == "64")
+    cpu = [x for x in read_log(RESULTS / "bench" / "cpu.csv") if x["code"] == "this code"]
+    (ms,) = (float(x["ms"]) for x in cpu if x["bs"] == "64")
     cost = [hours("sgd_lr0.3_bs32_step5000"), ms * 32 / 3600,
             hours("sgd_lr0.3_bs128_step400_iters3200"),
             hours("sgd_lr0.3_bs256_step500_iters3200")]  # fmt: skip
@@ -1052,10 +1055,21 @@ def test_numbers_in_the_text():
     saved = [32 * (float(x["ms"]) - float(y["ms"])) for x, y in zip(recorded, compiled)]
     at_20000 = [x["test_acc"] for name in ("h200/sgd_lr0.3_bs32_step5000", bridge[1])
                 for x in log(name) if x["iteration"] == "20000"]  # fmt: skip
+    finals = {(row.table, row.setting): (run.accuracy, row.accuracy)
+              for run in report.collect(RESULTS, ROWS)[0] for row in ROWS
+              if (run.setting, run.n) == (row.setting, 1) and run.arithmetic != "bf16"}  # fmt: skip
+    gaps = {setting: us - them for (_, setting), (us, them) in finals.items()}
+    least, most = min(gaps.values()), max(gaps.values())
+    table_7 = {setting.step: pair for (table, setting), pair in finals.items() if table == "7"}
+    assert [max(table_7, key=lambda step: table_7[step][side]) for side in (0, 1)] == [10000, 8000]
+    (lead,) = {f"{abs(a - b):.2f}" for a, b in zip(table_7[10000], table_7[8000])}
+    tried = "no one two three four five six seven eight nine ten eleven twelve thirteen".split()
     for text, words in (
         (page, f"is {min(early):.2f} to {max(early):.2f}. Our four in TF32"),
         (page, f"have {min(tf32):.2f} to {max(tf32):.2f}, all below"),
+        (page, "and 5,000 end with {:.2f} and {:.2f} times the author's loss of".format(*ends)),
         (page, "it had {} % of the test images right, the float32 run {} %.".format(*at_20000)),
+        (page, "two: {:.2f} points more".format(float(at_20000[0]) - float(at_20000[1]))),
         (page, "iterations {:.4f} and {:.4f}, on either side of the {:.4f} of".format(*late)),
         (page, f"batch 256 ends at {late[3]:.4f} too, with 90.40 % against 92.65 %."),
         (page, "see the data {}, {}, {} and {} times".format(*epochs)),
@@ -1068,6 +1082,9 @@ def test_numbers_in_the_text():
         (page, "at iteration 8,000 they have {} % and {} % of".format(*right)),
         (page, f"[{tenth['2000']} %]"),
         (page, f"and {tenth['3200']} % at its end"),
+        (main, f"does: {tried[len(gaps)]} of the 13 different settings have run once each"),
+        (main, f"end {least:.2f} to {most:.2f} percentage points above"),
+        (main, f"8,000, each by {lead} points."),
         (main, f"between {min(adam.values()):.2f} and {max(adam.values()):.2f} from iteration"),
         (main, f"is {mean(long, 5000):.2f} with (0.7, 0.7), {mean(long_b, 5000):.2f} with (0.9"),
         (main, f"and the author's {mean(LOSS['0406172725'], 5000):.2f}."),
@@ -1078,11 +1095,10 @@ def test_numbers_in_the_text():
         (main, "float32, two threads | {:.1f} h | {:.1f} h | {:.1f} h | {:.1f} h |".format(*cost)),
         (main, f"bf16`, two threads | {bf16:.1f} h |"),
         (main, "[{:.1f} and {:.1f} times]".format(*(float(x["ratio"]) for x in recorded))),
-        (main, "it {:.1f} and {:.1f} times".format(*(float(x["ratio"]) for x in compiled))),
-        (main, "run {:.0f} and {:.0f} seconds".format(*saved)),
+        (main, "it {:.1f} and {:.1f} times,".format(*(float(x["ratio"]) for x in compiled))),
+        (main, "times, {:.0f} and {:.0f} seconds saved a run".format(*saved)),
         (main, f"about {round(total, -1):.0f} hours"),
-        (main, "[{} to {} times]".format(min(x["ratio"] for x in ours),
-                                         max(x["ratio"] for x in ours))),
+        (main, "[{} to {} times]".format(*(f(x["ratio"] for x in cpu) for f in (min, max)))),
     ):  # fmt: skip
         assert words in text, words
 
