@@ -1024,6 +1024,12 @@ def test_numbers_in_the_text():
     early = [mean(LOSS[run], 4000) for run in SEVEN]
     ours = {n: losses(f"sgd_lr0.3_bs128_step{n}000") for n in (4, 5, 8, 10)}
     tf32 = [mean(loss, 4000) for loss in ours.values()]
+    fp32 = [read_log(RESULTS / f"sgd_lr0.3_bs128_step8000_fp32_seed{n}.csv") for n in (0, 1)]
+    fp32 = [{int(line["iteration"]): float(line["loss"]) for line in lines} for lines in fp32]
+    theirs, tf32_early, fp32_early = (
+        [statistics.fmean(loss[i] for i in range(1100, 1501, 100)) for loss in losses_of]
+        for losses_of in ([LOSS[run] for run in SEVEN], ours.values(), fp32)
+    )
     ends = [mean(ours[n], 32000) / mean(LOSS[run], 32000)
             for n, run in ((4, "0406210323"), (5, "0406230805"))]  # fmt: skip
     late = [mean(LOSS[run], 32000) for run in
@@ -1068,6 +1074,9 @@ def test_numbers_in_the_text():
         (page, f"is {min(early):.2f} to {max(early):.2f}. Our four in TF32"),
         (page, f"have {min(tf32):.2f} to {max(tf32):.2f}, all below"),
         (page, "and 5,000 end with {:.2f} and {:.2f} times the author's loss of".format(*ends)),
+        (page, f"is {min(theirs):.2f} to {max(theirs):.2f} in the author's seven, "),
+        (page, f"{min(tf32_early):.2f} to {max(tf32_early):.2f} in our four, and "),
+        (page, "and {:.2f} and {:.2f} in two incomplete runs".format(*fp32_early)),
         (page, "it had {} % of the test images right, the float32 run {} %.".format(*at_20000)),
         (page, "two: {:.2f} points more".format(float(at_20000[0]) - float(at_20000[1]))),
         (page, "iterations {:.4f} and {:.4f}, on either side of the {:.4f} of".format(*late)),
