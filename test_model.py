@@ -1004,15 +1004,15 @@ def test_numbers_in_the_text():
     main, page = (" ".join((HERE / name).read_text("utf-8").split()) for name in (
         "README.md", "results/README.md"))  # fmt: skip
 
-    def log(name: str) -> list[dict]:
-        return read_log(RESULTS / f"{name}_seed0.csv")
+    def log(name: str, seed: int = 0) -> list[dict]:
+        return read_log(RESULTS / f"{name}_seed{seed}.csv")
 
-    def losses(name: str) -> dict[int, float]:
-        return {int(line["iteration"]): float(line["loss"]) for line in log(name)}
+    def losses(name: str, seed: int = 0) -> dict[int, float]:
+        return {int(line["iteration"]): float(line["loss"]) for line in log(name, seed)}
 
-    def mean(loss: dict[int, float], end: int) -> float:
-        """Of the thousand iterations that end there."""
-        return statistics.fmean(loss[i] for i in range(end - 900, end + 1, 100))
+    def mean(loss: dict[int, float], end: int, length: int = 1000) -> float:
+        """Of the last `length` iterations until there."""
+        return statistics.fmean(loss[i] for i in range(end - length + 100, end + 1, 100))
 
     def hours(name: str, first: int = 0) -> float:
         """Of 32,000 iterations, by the lines from iteration `first` on."""
@@ -1024,12 +1024,9 @@ def test_numbers_in_the_text():
     early = [mean(LOSS[run], 4000) for run in SEVEN]
     ours = {n: losses(f"sgd_lr0.3_bs128_step{n}000") for n in (4, 5, 8, 10)}
     tf32 = [mean(loss, 4000) for loss in ours.values()]
-    fp32 = [read_log(RESULTS / f"sgd_lr0.3_bs128_step8000_fp32_seed{n}.csv") for n in (0, 1)]
-    fp32 = [{int(line["iteration"]): float(line["loss"]) for line in lines} for lines in fp32]
-    theirs, tf32_early, fp32_early = (
-        [statistics.fmean(loss[i] for i in range(1100, 1501, 100)) for loss in losses_of]
-        for losses_of in ([LOSS[run] for run in SEVEN], ours.values(), fp32)
-    )
+    theirs = [mean(LOSS[run], 1500, 500) for run in SEVEN]
+    tf32_early = [mean(loss, 1500, 500) for loss in ours.values()]
+    fp32_early = [mean(losses("sgd_lr0.3_bs128_step8000_fp32", seed), 1500, 500) for seed in (0, 1)]
     ends = [mean(ours[n], 32000) / mean(LOSS[run], 32000)
             for n, run in ((4, "0406210323"), (5, "0406230805"))]  # fmt: skip
     late = [mean(LOSS[run], 32000) for run in
