@@ -1040,7 +1040,11 @@ def test_numbers_in_the_text():
     bridge = ["sgd_lr0.3_bs32_step5000_bf16", "sgd_lr0.3_bs32_step5000"]
     apart = [mean(losses(name), end) / mean(LOSS["0406204434"], end)
              for end in (5000, 32000) for name in bridge]  # fmt: skip
-    pair = ["sgd_lr0.1_bs64_step5000_bf16", "sgd_lr0.1_bs64_step5000"]
+    pair = [
+        "sgd_lr0.1_bs64_step5000_bf16",
+        "cpu/sgd_lr0.1_bs64_step5000",
+        "sgd_lr0.1_bs64_step5000",
+    ]
     second = [mean(losses(name), 8000) / mean(LOSS["0406160108"], 8000) for name in pair]
     right = [x["test_acc"] for name in pair for x in log(name) if x["iteration"] == "8000"]
     cpu = [x for x in read_log(RESULTS / "bench" / "cpu.csv") if x["code"] == "this code"]
@@ -1050,12 +1054,34 @@ def test_numbers_in_the_text():
             hours("sgd_lr0.3_bs256_step500_iters3200")]  # fmt: skip
     total = sum(runs * cost for runs, cost in zip((1, 6, 4, 1), cost))
     bf16 = hours(bridge[0], first=24100)
-    h200 = {(x["bs"], x["code"]): x for x in read_log(RESULTS / "bench" / "h200.csv")}
-    recorded, compiled = ([h200[bs, f"this code, {how}"] for bs in ("64", "128")]
-                          for how in ("recorded", "compiled"))  # fmt: skip
+    h200 = {(name, x["bs"], x["code"]): x for name in ("h200", "h200_bf16")
+            for x in read_log(RESULTS / "bench" / f"{name}.csv")}  # fmt: skip
+    both = [(name, bs) for name in ("h200", "h200_bf16") for bs in ("64", "128")]
+    usual, recorded, compiled = (
+        [float(h200[name, bs, code]["ms"]) for name, bs in both]
+        for code in ("usual loop", "this code, recorded", "this code, compiled")
+    )
+    times, times_compiled = ([f"{a / b:.1f}" for a, b in zip(usual, way)]
+                             for way in (recorded, compiled))  # fmt: skip
     minutes = [60 * hours("h200/sgd_lr0.3_bs32_step5000")]
-    minutes += [float(x["ms"]) * 32 / 60 for x in recorded]
-    saved = [32 * (float(x["ms"]) - float(y["ms"])) for x, y in zip(recorded, compiled)]
+    minutes += [ms * 32 / 60 for ms in recorded]
+    saved = [32 * (a - b) for a, b in zip(recorded, compiled)]
+    twice = ["sgd_lr0.3_bs64_step5000", "h200/sgd_lr0.3_bs64_step5000"]
+    once, again = (x["test_acc"] for name in twice for x in log(name) if x["iteration"] == "31000")
+    two_apart = f"{float(once) - float(again):.2f} points"
+    around = [mean(loss, 31000) for loss in (*map(losses, twice), LOSS["0406163217"])]
+    ends_at, beyond, ratio = [], [], []  # of asgd, sgd at 0.5 and 0.1, adagrad, adam
+    for name, run in (("asgd_lr0.1", "0406175340"), ("sgd_lr0.5", "0406170207"),
+                      ("sgd_lr0.1", "0406160108"), ("adagrad_lr0.1", "0406182358"),
+                      ("adam_lr0.1", "0406172725")):  # fmt: skip
+        last = [x for x in log(f"{name}_bs64_step5000") if x["test_acc"]][-1]
+        final, loss = AUTHOR[run]["test_acc"], losses(f"{name}_bs64_step5000")
+        ends_at.append((last["test_acc"], f"{int(last['iteration']):,}", final))
+        beyond.append(f"{abs(float(last['test_acc']) - float(final)):.2f}")
+        ratio.append([mean(loss, end) / mean(LOSS[run], end)
+                      for end in range(1000, max(loss) + 1, 1000)])  # fmt: skip
+    plateaus = [min(i for i, value in loss.items() if value < math.log(10)) - 100
+                for loss in (LOSS["0406170207"], losses("sgd_lr0.5_bs64_step5000"))]  # fmt: skip
     at_20000 = [x["test_acc"] for name in ("h200/sgd_lr0.3_bs32_step5000", bridge[1])
                 for x in log(name) if x["iteration"] == "20000"]  # fmt: skip
     finals = {(row.table, row.setting): (run.accuracy, row.accuracy)
@@ -1068,14 +1094,14 @@ def test_numbers_in_the_text():
     (lead,) = {f"{abs(a - b):.2f}" for a, b in zip(table_7[10000], table_7[8000])}
     tried = "no one two three four five six seven eight nine ten eleven twelve thirteen".split()
     for text, words in (
-        (page, f"is {min(early):.2f} to {max(early):.2f}. Our four in TF32"),
+        (page, f"is {min(early):.2f} to {max(early):.2f}. The author"),
         (page, f"have {min(tf32):.2f} to {max(tf32):.2f}, all below"),
-        (page, "and 5,000 end with {:.2f} and {:.2f} times the author's loss of".format(*ends)),
+        (page, "5,000 end with {:.2f} and {:.2f} times the author's loss of".format(*ends)),
         (page, f"is {min(theirs):.2f} to {max(theirs):.2f} in the author's seven, "),
         (page, f"{min(tf32_early):.2f} to {max(tf32_early):.2f} in our four, and "),
         (page, "and {:.2f} and {:.2f} in two incomplete runs".format(*fp32_early)),
-        (page, "it had {} % of the test images right, the float32 run {} %.".format(*at_20000)),
-        (page, "two: {:.2f} points more".format(float(at_20000[0]) - float(at_20000[1]))),
+        (page, "it has {} % at iteration 20,000".format(at_20000[0])),
+        (page, f"soon after), float32 {at_20000[1]} %."),
         (page, "iterations {:.4f} and {:.4f}, on either side of the {:.4f} of".format(*late)),
         (page, f"batch 256 ends at {late[3]:.4f} too, with 90.40 % against 92.65 %."),
         (page, "see the data {}, {}, {} and {} times".format(*epochs)),
@@ -1086,11 +1112,27 @@ def test_numbers_in_the_text():
         (page, "mean loss is {:.2f} times the author's in".format(second[0])),
         (page, "seed0.csv) and {:.2f} times in [float32]".format(second[1])),
         (page, "at iteration 8,000 they have {} % and {} % of".format(*right)),
+        (page, f"has {second[2]:.2f} times the author's loss and {right[2]} % there"),
+        (page, f"31,000 they have {once} % and {again} % of the test images right, {two_apart} ap"),
+        (page, "{:.3f} and {:.3f}, on either side of the author's {:.3f}.".format(*around)),
+        (page, f"each has {min(ratio[0]):.2f} to {max(ratio[0]):.2f} times the author's mean"),
+        (page, f"each has {min(ratio[2]):.2f} to {max(ratio[2]):.2f} times. At"),
+        (page, f"thousand has {ratio[3][-1]:.2f} times the author's loss with Adagrad, "
+               f"{ratio[1][-1]:.2f} times with SGD at"),
+        (page, f"rate 0.5 and {ratio[4][-1]:.2f} times with Adam."),
+        (page, "until iteration {:,}, ours until {}, and".format(*plateaus)),
+        (page, "ASGD at {} % ({}; {} %)".format(*ends_at[0])),
+        (page, "rate 0.5 at {} % ({}; {} %)".format(*ends_at[1])),
+        (page, "Adagrad at {} % ({}; {} %)".format(*ends_at[3])),
+        (page, "Adam at {} % (iteration {}; report {} %)".format(*ends_at[4])),
         (page, f"[{tenth['2000']} %]"),
         (page, f"and {tenth['3200']} % at its end"),
-        (main, f"does: {tried[len(gaps)]} of the 13 different settings have run once each"),
+        (main, f"Adam's: {tried[len(gaps)]} of the 13 different settings have run once each"),
         (main, f"end {least:.2f} to {most:.2f} percentage points above"),
-        (main, f"8,000, each by {lead} points."),
+        (main, "ASGD was {0} points below it, SGD at learning rate 0.5 and Adagrad {1} and {3} "
+               "above, and Adam {4}.".format(*beyond)),
+        (main, f"8,000, each by {lead} points, and two runs"),
+        (main, f"were [{two_apart} apart]"),
         (main, f"between {min(adam.values()):.2f} and {max(adam.values()):.2f} from iteration"),
         (main, f"is {mean(long, 5000):.2f} with (0.7, 0.7), {mean(long_b, 5000):.2f} with (0.9"),
         (main, f"and the author's {mean(LOSS['0406172725'], 5000):.2f}."),
@@ -1098,11 +1140,13 @@ def test_numbers_in_the_text():
         (main, "0.1 with step 8,000 ({} %) and 0.3 with step 10,000 ({} %)".format(*gammas)),
         (main, "see the data {}, {}, {}, {} times".format(*epochs)),
         (main, "H200, TF32 | {:.1f} min | {:.1f} min | {:.1f} min |".format(*minutes)),
+        (main, "bf16` | not measured | {:.1f} min | {:.1f} min |".format(*minutes[3:])),
         (main, "float32, two threads | {:.1f} h | {:.1f} h | {:.1f} h | {:.1f} h |".format(*cost)),
         (main, f"bf16`, two threads | {bf16:.1f} h |"),
-        (main, "[{:.1f} and {:.1f} times]".format(*(float(x["ratio"]) for x in recorded))),
-        (main, "it {:.1f} and {:.1f} times,".format(*(float(x["ratio"]) for x in compiled))),
-        (main, "times, {:.0f} and {:.0f} seconds saved a run".format(*saved)),
+        (main, "[{} and {} times](results/bench/h200.csv)".format(*times)),
+        (main, "[{} and {} times](results/bench/h200_bf16.csv)".format(*times[2:])),
+        (main, "it {} and {} times in TF32, {} and {} times in bf16,".format(*times_compiled)),
+        (main, f"{min(saved):.0f} to {max(saved):.0f} seconds saved a run"),
         (main, f"about {round(total, -1):.0f} hours"),
         (main, "[{} to {} times]".format(*(f(x["ratio"] for x in cpu) for f in (min, max)))),
     ):  # fmt: skip
