@@ -1127,10 +1127,10 @@ def test_numbers_in_the_text():
         (page, "Adam at {} % (iteration {}; report {} %)".format(*ends_at[4])),
         (page, f"[{tenth['2000']} %]"),
         (page, f"and {tenth['3200']} % at its end"),
-        (main, f"Adam's: {tried[len(gaps)]} of the 13 different settings have run once each"),
+        (main, f"{tried[len(gaps)].title()} of the 13 different settings have run once each"),
         (main, f"end {least:.2f} to {most:.2f} percentage points above"),
-        (main, "ASGD was {0} points below it, SGD at learning rate 0.5 and Adagrad {1} and {3} "
-               "above, and Adam {4}.".format(*beyond)),
+        (main, "ASGD was {0} points below the report, SGD at learning rate 0.5 and Adagrad "
+               "{1} and {3} above, and Adam {4}.".format(*beyond)),
         (main, f"8,000, each by {lead} points, and two runs"),
         (main, f"were [{two_apart} apart]"),
         (main, f"between {min(adam.values()):.2f} and {max(adam.values()):.2f} from iteration"),
