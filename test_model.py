@@ -1078,21 +1078,23 @@ def test_numbers_in_the_text():
     around = [mean(loss, 31000) for loss in (*map(losses, twice), LOSS["0406163217"])]
     around_8000 = [mean(loss, 8000) for loss in (
         *map(losses, twice), LOSS["0406163217"], losses(f"cpu/{twice[0]}"))]  # fmt: skip
-    ends_at, beyond, last_five, ratio = [], [], [], []  # of asgd, sgd at 0.5 and 0.1, adagrad, adam
-    for name, run in (("asgd_lr0.1", "0406175340"), ("sgd_lr0.5", "0406170207"),
-                      ("sgd_lr0.1", "0406160108"), ("adagrad_lr0.1", "0406182358"),
-                      ("adam_lr0.1", "0406172725")):  # fmt: skip
-        tests = [x for x in log(f"{name}_bs64_step5000") if x["test_acc"]]
-        last = tests[-1]
-        final, loss = AUTHOR[run]["test_acc"], losses(f"{name}_bs64_step5000")
-        ends_at.append((last["test_acc"], f"{int(last['iteration']):,}", final))
-        beyond.append(minus(last["test_acc"], final).lstrip("-"))
-        last_five.append([float(x["test_acc"]) for x in tests[-5:]])
-        ratio.append([mean(loss, end) / mean(LOSS[run], end)
-                      for end in range(1000, max(loss) + 1, 1000)])  # fmt: skip
+    ratio, last, beyond, spread = {}, {}, {}, {}  # by optimizer and learning rate
+    for name, run in (("adam_lr0.1", "0406172725"), ("adagrad_lr0.1", "0406182358"),
+                      ("asgd_lr0.1", "0406175340"), ("sgd_lr0.5", "0406170207"),
+                      ("sgd_lr0.1", "0406160108")):  # fmt: skip
+        loss, final = losses(f"{name}_bs64_step5000"), AUTHOR[run]["test_acc"]
+        ratio[name] = [mean(loss, end) / mean(LOSS[run], end)
+                       for end in range(1000, max(loss) + 1, 1000)]  # fmt: skip
+        tests = [line for line in log(f"{name}_bs64_step5000") if line["test_acc"]]
+        accuracies = [float(line["test_acc"]) for line in tests[-5:]]
+        last[name] = tests[-1]["test_acc"], f"{int(tests[-1]['iteration']):,}", final
+        beyond[name] = minus(tests[-1]["test_acc"], final).lstrip("-")
+        spread[name] = max(accuracies) - min(accuracies)
+    calmer = ("adagrad_lr0.1", "asgd_lr0.1", "sgd_lr0.5")
+    half, half_author = losses("sgd_lr0.5_bs64_step5000"), LOSS["0406170207"]
     plateaus = [min(i for i, value in loss.items() if value < math.log(10)) - 100
-                for loss in (LOSS["0406170207"], losses("sgd_lr0.5_bs64_step5000"))]  # fmt: skip
-    spans = [max(five) - min(five) for five in last_five]
+                for loss in (half_author, half)]  # fmt: skip
+    assert all(half_author[i] > loss for i, loss in half.items())
     at_20000 = [x["test_acc"] for name in ("h200/sgd_lr0.3_bs32_step5000", bridge[1])
                 for x in log(name) if x["iteration"] == "20000"]  # fmt: skip
     finals = {(row.table, row.setting): (run.accuracy, row.accuracy)
@@ -1130,24 +1132,27 @@ def test_numbers_in_the_text():
         (page, "have {:.3f} and {:.3f}, the author {:.3f}, and our".format(*around_8000[:3])),
         (page, f"run {around_8000[3]:.3f}.)"),
         (page, "{:.3f} and {:.3f}, on either side of the author's {:.3f}.".format(*around)),
-        (page, f"each has {min(ratio[0]):.2f} to {max(ratio[0]):.2f} times the author's, and"),
-        (page, f"each has {min(ratio[2]):.2f} to {max(ratio[2]):.2f} times. Other"),
-        (page, f"cut off have {ratio[3][-1]:.2f} times the author's loss with Adagrad, "
-               f"{ratio[1][-1]:.2f} times with SGD at"),
-        (page, f"rate 0.5 and {ratio[4][-1]:.2f} times with Adam."),
-        (page, "until iteration {:,}, ours until {}, and".format(*plateaus)),
-        (page, "ASGD at {} % ({}; {} %)".format(*ends_at[0])),
-        (page, "rate 0.5 at {} % ({}; {} %)".format(*ends_at[1])),
-        (page, "Adagrad at {} % ({}; {} %)".format(*ends_at[3])),
-        (page, "Adam was at {} % (iteration {}; report {} %)".format(*ends_at[4])),
-        (page, f"within {max(spans[:2] + spans[3:4]):.2f} points, Adam's within {spans[4]:.2f}."),
+        (page, f"each has {min(ratio['asgd_lr0.1']):.2f} to {max(ratio['asgd_lr0.1']):.2f} times"),
+        (page, f"each has {min(ratio['sgd_lr0.1']):.2f} to {max(ratio['sgd_lr0.1']):.2f} times"),
+        (page, f"cut off have {ratio['adagrad_lr0.1'][-1]:.2f} times the author's loss with Ada"),
+        (page, f"{ratio['sgd_lr0.5'][-1]:.2f} times with SGD at learning rate 0.5 and "
+               f"{ratio['adam_lr0.1'][-1]:.2f} times with Adam."),
+        (page, "until iteration {:,}, ours until {}, and it stays above".format(*plateaus)),
+        (page, "ASGD at {} % ({}; {} %)".format(*last["asgd_lr0.1"])),
+        (page, "rate 0.5 at {} % ({}; {} %)".format(*last["sgd_lr0.5"])),
+        (page, "Adagrad at {} % ({}; {} %)".format(*last["adagrad_lr0.1"])),
+        (page, "Adam was at {} % (iteration {}; report {} %)".format(*last["adam_lr0.1"])),
+        (page, f"lie within {max(spread[name] for name in calmer):.2f} "
+               f"points, Adam's within {spread['adam_lr0.1']:.2f}."),
+        (page, f"all our {tried[len(gaps)]} complete runs in float32 and TF32 lie above"),
         (page, f"[{tenth['2000']} %]"),
         (page, f"and {tenth['3200']} % at its end"),
         (main, f"{tried[len(gaps)].title()} of the 13 different settings have run to the end once"),
         (main, f"above the report's one run, by {least:.2f} to {most:.2f} percentage points."),
         (main, f"was {minus(AUTHOR['0406163217']['test_acc'], again)} points below the report"),
-        (main, "ASGD {0} below, SGD at learning rate 0.5 and Adagrad "
-               "{1} and {3} above, and Adam {4} above".format(*beyond)),
+        (main, f"ASGD {beyond['asgd_lr0.1']} below, SGD at learning rate 0.5 and Adagrad "
+               f"{beyond['sgd_lr0.5']} and {beyond['adagrad_lr0.1']} above, and Adam "
+               f"{beyond['adam_lr0.1']} above"),
         (main, f"8,000, each by {lead} points, and two runs"),
         (main, f"were [{two_apart} apart]"),
         (main, f"between {min(adam.values()):.2f} and {max(adam.values()):.2f} from iteration"),
@@ -1162,6 +1167,8 @@ def test_numbers_in_the_text():
         (main, f"bf16`, two threads | {bf16:.1f} h |"),
         (page, "[{} and {} times](bench/h200.csv) as fast".format(*times)),
         (page, "[{} and {} times](bench/h200_bf16.csv)".format(*times[2:])),
+        (page, f"took {usual[3] / usual[1]:.2f} times as long at batch 128 and "
+               f"{usual[2] / usual[0]:.2f} times at 64"),
         (page, "it {} and {} times in TF32, {} and {} times in bf16:".format(*times_compiled)),
         (page, f"{min(saved):.0f} to {max(saved):.0f} seconds saved a run"),
         (main, f"is {min(times)} to {max(times)} times as fast on the H200"),
