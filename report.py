@@ -1,12 +1,8 @@
 """The logs of train.py beside the report: tables in Markdown, and Figures 4-8.
 
-    python report.py
-    python report.py --figures logs
-    python report.py --write --figures results
-
-The first prints the tables for the logs in ./logs; the second also draws logs/figure4.png and so
-on, which needs matplotlib; the third renews README.md, results/README.md and its figures from the
-logs in results.
+    python report.py                               # the tables, for the logs in ./logs
+    python report.py --figures logs                # and logs/figure4.png ...; needs matplotlib
+    python report.py --write --figures results     # renew both pages from the logs in results
 
 A log counts when it is complete and has the report's settings, at full length or at 1/n of it
 (run_all.sh --shorten n). Every other log is named with the reason why it does not.
@@ -50,13 +46,14 @@ class Run(NamedTuple):
     """A complete training of ours, with its final accuracy in percent."""
 
     file: str
-    setting: Setting  # of the full length
-    n: int  # decay step and iterations were 1/n of the setting's
     seed: str
-    arithmetic: str
     accuracy: float
     loss: dict[int, float]  # {iteration: mean of the hundred iterations that end there}
     machine: str  # processor and PyTorch's version
+
+
+# By setting of the full length, n where iterations and decay step were 1/n of it, and arithmetic.
+Runs = dict[tuple[Setting, int, str], list[Run]]
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -95,57 +92,55 @@ def arithmetic(line: dict[str, str]) -> str:
 
 def full_setting(own: Setting, rows: list[Row]) -> tuple[Setting, int]:
     """The setting of which `own` has 1/n of the iterations and of the decay step, and n."""
-    settings = {row.setting for row in rows}
-    for n in range(1, 1001):
-        full = own._replace(step=own.step * n, iters=own.iters * n)
-        if full in settings:
-            return full, n
+    for row in rows:
+        n = row.setting.iters // own.iters
+        if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
+            return row.setting, n
     raise ValueError("not a row of the tables")
 
 
-def read_log(path: Path, rows: list[Row]) -> Run:
-    """The run of a log. Raises ValueError with the reason if it does not count, or LookupError."""
+def read_log(path: Path, rows: list[Row]) -> tuple[tuple[Setting, int, str], Run]:
+    """A log's run and its place in Runs. Raises ValueError or LookupError if it does not count."""
     text = path.read_text(encoding="utf-8")
     text = text[: text.rfind("\n") + 1]  # a last line without its end is still being written
     lines = list(csv.DictReader(text.splitlines(), restval=""))
     if not lines:
         raise ValueError("incomplete: no line yet")
-    if len({(as_setting(line), line["seed"], arithmetic(line)) for line in lines}) > 1:
-        raise ValueError("more than one setting, seed or arithmetic in it")
     last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
         raise ValueError("incomplete: iteration {iteration} of {iters}, loss {loss}".format(**last))
+    if len({arithmetic(line) for line in lines}) > 1:
+        raise ValueError("more than one arithmetic in it")
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
-    setting, n = full_setting(as_setting(last), rows)
-    ends = {0, *(int(line["iteration"]) for line in lines)}
-    losses = []  # of each iteration: its line's mean
+    sums, at = {0: 0.0}, 0  # of the losses of all iterations until there
     for line in lines:
-        losses += [float(line["loss"])] * (int(line["iteration"]) - len(losses))
-    hundreds = [i for i in range(100, len(losses) + 1, 100) if {i - 100, i} <= ends]
-    loss = {i: fmean(losses[i - 100 : i]) for i in hundreds}
+        start, at = at, int(line["iteration"])
+        sums[at] = sums[start] + float(line["loss"]) * (at - start)
+    loss = {i: (sums[i] - sums[i - 100]) / 100 for i in sums if i - 100 in sums and i % 100 == 0}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
-    accuracy = float(last["test_acc"])
-    return Run(path.name, setting, n, last["seed"], arithmetic(last), accuracy, loss, machine)
+    place = (*full_setting(as_setting(last), rows), arithmetic(last))
+    return place, Run(path.name, last["seed"], float(last["test_acc"]), loss, machine)
 
 
-def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
+def collect(folder: Path, rows: list[Row]) -> tuple[Runs, list[str]]:
     """The runs of a folder's logs, the longest first, and a line on each log left out."""
     runs, left_out = {}, []
     for path in sorted(folder.iterdir()):
         if path.suffix != ".csv" or path.name == "author.csv":
             continue
         try:
-            run = read_log(path, rows)
-            first = runs.setdefault((run.setting, run.n, run.arithmetic, run.seed), run)
-            if first is not run:
-                raise ValueError(f"same settings and seed as {first.file}")
+            place, run = read_log(path, rows)
+            seeds = runs.setdefault(place, {})
+            if seeds.setdefault(run.seed, run) is not run:
+                raise ValueError(f"same settings and seed as {seeds[run.seed].file}")
         except (OSError, ValueError, csv.Error) as error:
             left_out.append(f"- `{path.name}`: {error}")
         except LookupError as error:
             left_out.append(f"- `{path.name}`: damaged: {error!r}")
-    return sorted(runs.values(), key=lambda run: run.n), left_out
+    longest_first = sorted(runs, key=lambda place: place[1])
+    return {place: [*runs[place].values()] for place in longest_first}, left_out
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -195,23 +190,12 @@ def length(n: int) -> str:
     return "full" if n == 1 else f"1/{n}"
 
 
-def best(rows: list[Row], name: str) -> Row:
-    """The row of a table with the highest accuracy in the report."""
-    return max((row for row in rows if row.table == name), key=lambda row: row.accuracy)
-
-
-def select(runs: list[Run], setting: Setting, kind: str, n: int = 1) -> list[Run]:
-    """The runs at 1/n of a setting in one arithmetic."""
-    same = (setting, n, kind)
-    return [run for run in runs if (run.setting, run.n, run.arithmetic) == same]
-
-
-def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
+def finals(runs: Runs, row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
-    return [run.accuracy for run in select(runs, row.setting, kind)]
+    return [run.accuracy for run in runs.get((row.setting, 1, kind), [])]
 
 
-def summary(rows: list[Row], runs: list[Run]) -> str:
+def summary(rows: list[Row], runs: Runs) -> str:
     """Two sentences for each arithmetic, and a table of all rows: the report's accuracy, ours, and
     the difference."""
     cells, gaps = [["Table", *Setting._fields, "Report, %"]], {kind: {} for kind in ARITHMETIC}
@@ -230,22 +214,21 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
                 interval = f"± {half:.2f}, report {'inside' if abs(gap) <= half else 'outside'}"
             cells[-1] += [several(ours), difference, interval]
     text = ""
-    for kind in ARITHMETIC:
-        if gaps[kind]:
-            gap, values = max(gaps[kind].values(), key=lambda pair: abs(pair[0]))
-            text += f"""\
-In {kind}, {len(gaps[kind])} of the report's {len({row.setting for row in rows})} different \
-settings ran at full length. The largest difference from
-the report's accuracy is {gap:+.2f} percentage points: {values}.
-"""
+    for kind in filter(gaps.get, ARITHMETIC):
+        gap, values = max(gaps[kind].values(), key=lambda pair: abs(pair[0]))
+        text += f"In {kind}, {len(gaps[kind])} of {len({row.setting for row in rows})} settings "
+        text += "ran at full length; the largest difference from the report's accuracy is "
+        text += f"{gap:+.2f} percentage points: {values}.\n"
     return (text or "No full-length run yet.\n") + "\n" + markdown(cells)
 
 
-def verdicts(rows: list[Row], runs: list[Run]) -> str:
+def verdicts(rows: list[Row], runs: Runs) -> str:
     """A table of what the report concludes, and what our full-length runs say of it."""
-    claims = [(best(rows, row.table), row) for row in rows if row != best(rows, row.table)]
+    claims = [(rows[-1], max(rows[:-1], key=lambda row: row.accuracy))]  # extended, Table 8's
+    for row in rows:
+        best = max((r for r in rows if r.table == row.table), key=lambda row: row.accuracy)
+        claims += [(best, row)] if row != best else []
     claims += [(row, rows[0]) for row in rows[1:3]]  # Adam is the lowest of Table 4
-    claims += [(rows[-1], best(rows, "7"))]  # the extended run against Table 8's
     cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
               "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
     for better, worse in sorted(claims, key=lambda claim: claim[0].table):
@@ -259,22 +242,20 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
             half = welch(a, b)
             ours += f" ({gap - half:+.2f} to {gap + half:+.2f})"
             word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
-        cells.append([
-            better.table, *names([better.setting, worse.setting]),
-            f"{better.accuracy - worse.accuracy:+.2f}", ours,
-            kind if a or b else "", f"{len(a)}, {len(b)}", word,
-        ])  # fmt: skip
+        claim = [better.table, *names([better.setting, worse.setting])]
+        claim += [f"{better.accuracy - worse.accuracy:+.2f}", ours]
+        cells.append([*claim, kind if a or b else "", f"{len(a)}, {len(b)}", word])
     return markdown(cells)
 
 
-def starts(runs: list[Run]) -> str:
+def starts(runs: Runs) -> str:
     """A table of the loss just before the first decay, for each setting and length of our runs."""
     author = read_author()
     cells = [[*Setting._fields, "Length", "Iteration", "Author's loss", "Author's equal runs"]]
     cells[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
-    for setting, n in dict.fromkeys((run.setting, run.n) for run in runs):
+    for setting, n in dict.fromkeys(place[:2] for place in runs):
         end = setting.step // n // 100 * 100
-        ours = [several([run.loss[end] for run in select(runs, setting, kind, n)
+        ours = [several([run.loss[end] for run in runs.get((setting, n, kind), [])
                          if end in run.loss], 3) for kind in ARITHMETIC]  # fmt: skip
         if not any(ours):
             continue
@@ -287,34 +268,35 @@ def starts(runs: list[Run]) -> str:
     return markdown(cells)
 
 
-def all_runs(runs: list[Run]) -> str:
+def all_runs(runs: Runs) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
     cells = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
-    for run in runs:
-        link = f"[{run.file.removesuffix('.csv')}]({run.file})"
-        final = f"{run.accuracy:.2f}" if run.n == 1 else ""
-        cells.append([link, length(run.n), run.seed, run.arithmetic, final, run.machine])
+    for (_, n, kind), group in runs.items():
+        for file, seed, accuracy, _, machine in group:
+            link, final = f"[{file.removesuffix('.csv')}]({file})", f"{accuracy:.2f}" * (n == 1)
+            cells.append([link, length(n), seed, kind, final, machine])
     return markdown(cells)
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
+def draw_panel(ax, n: int, settings: list[Setting], runs: Runs) -> None:
     """Draw the author's losses of some settings dashed, and those of our runs at 1/n as a mean
     with a band from the lowest to the highest; where n > 1 until our first decay."""
     author = read_author()
     for setting, name, color in zip(settings, names(settings), COLOURS):
-        end = setting.iters if n == 1 else setting.step // n // 100 * 100
-        curves = [(f"{name}, author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
+        end = setting.iters if n == 1 else setting.step // n
+        curves = [("author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
         for kind, width in ARITHMETIC.items():
-            ours = [run.loss for run in select(runs, setting, kind, n) if run.loss]
-            curves += [(f"{name}, ours in {kind}", "-", width, ours)] if ours else []
-        for label, style, width, losses in curves:
-            x = [i for i in losses[0] if i <= end and all(i in loss for loss in losses)]
-            if not x:
+            ours = [run.loss for run in runs.get((setting, n, kind), [])]
+            curves.append((f"ours in {kind}", "-", width, ours))
+        for whose, style, width, losses in curves:
+            x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
+            if not losses or not x:
                 continue  # neither a line nor a name in the legend
             y = [[loss[i] for loss in losses] for i in x]
-            low, high = [*map(min, y)], [*map(max, y)]
+            label = f"{name}, {whose}"
             ax.plot(x, [*map(fmean, y)], style, linewidth=width, color=color, label=label)
+            low, high = [*map(min, y)], [*map(max, y)]
             ax.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
     title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
     ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
@@ -326,16 +308,16 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
         ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
 
 
-def draw_figure(number: int, rows: list[Row], runs: list[Run]):
+def draw_figure(number: int, rows: list[Row], runs: Runs):
     """The report's Figure 4, 5, 6 or 7, the losses of that table's rows, or 8, those of Table 8's
     run and of the extended one, as a matplotlib Figure."""
     from matplotlib.figure import Figure
 
     settings = [row.setting for row in rows if row.table == str(number)]
     if number == 8:
-        settings = [best(rows, "7").setting, rows[-1].setting]
-    ours = [run for run in runs if run.setting in settings and run.setting.step // run.n >= 100]
-    lengths = sorted({1} | {run.n for run in ours})
+        settings = [max(rows[:-1], key=lambda row: row.accuracy).setting, rows[-1].setting]
+    lengths = {n for setting, n, _ in runs if setting in settings and setting.step // n >= 100}
+    lengths = sorted({1} | lengths)
     figure = Figure(figsize=(10, 0.5 + 3.5 * len(lengths)), dpi=150, layout="constrained")
     for ax, n in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths):
         draw_panel(ax, n, settings, runs)
@@ -364,16 +346,12 @@ def main() -> None:
     parser.add_argument("--figures", type=home, help="folder for figure4.png ... figure8.png")
     parser.add_argument("--write", action="store_true", help="renew the two pages from results")
     args = parser.parse_args()
-    if args.write:
-        args.logs = HERE / "results"
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
-    if not os.path.isdir(args.logs):
-        sys.exit(f"report.py: no folder {args.logs}: train first, or try --logs results")
     try:
         rows = read_rows()
-        runs, left_out = collect(Path(args.logs), rows)
+        runs, left_out = collect(HERE / "results" if args.write else Path(args.logs), rows)
         parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
                  "start of training": starts(runs), "runs": all_runs(runs),
                  "logs left out": "\n".join(left_out) or "None."}  # fmt: skip

@@ -1,21 +1,17 @@
 """Train the report's ResNet on CIFAR-10: one configuration, one CSV log, one file of weights.
 
-    python train.py
-    python train.py --lr 0.1 --bs 64 --step 5000
-    python train.py --data synthetic --lr 0.003 --bs 16 --iters 100 --log-every 10
-    python train.py --eval logs/NAME.pt
+    python train.py                                                 # Table 8: the best row
+    python train.py --lr 0.1 --bs 64 --step 5000                    # Tables 4 and 5: the SGD row
+    python train.py --eval logs/NAME.pt                             # test saved weights
+    python train.py --data synthetic --lr 0.003 --bs 16 --iters 100 --log-every 10    # a short try
 
-These are Table 8, the report's best row; the SGD row of Tables 4 and 5; a try without data set and
-GPU; and the test accuracy of saved weights. A run writes LOGS/NAME.csv, the log, LOGS/NAME.pt, the
-final weights, and LOGS/NAME.ckpt, the checkpoint, at a line of the log and at most once a minute;
-NAME is the settings. Stop it in any way: the same command continues from the checkpoint and ends
-with the log and the weights of an undisturbed run. A complete run is not repeated.
-
-Exit status: 0 done, 1 an error, 2 a bad flag, 3 the loss is no longer finite.
+A run writes LOGS/NAME.csv, the log, LOGS/NAME.pt, the final weights, and until it ends
+LOGS/NAME.ckpt, the checkpoint; NAME is the settings. Stop it in any way: the same command continues
+from the checkpoint and ends with the log and the weights of an undisturbed run. A complete run is
+not repeated. Exit status: 0 done, 1 an error, 2 a bad flag, 3 the loss is no longer finite.
 """
 
 import argparse
-import copy
 import io
 import math
 import os
@@ -31,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, optim
 
 import data
-from model import ResNet, count_parameters
+from model import ResNet
 
 # The settings decide the result: they stand in every line of the log and make the run's name.
 SETTINGS = "optimizer lr0 bs step gamma momentum betas wd iters seed data precision".split()
@@ -74,12 +70,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.bs, args.step, args.iters, args.log_every, args.eval_every) < 1:
         parser.error("--bs, --step, --iters, --log-every and --eval-every must be 1 or more")
-    if not all(0 <= value < 1e18 for value in (args.lr0, args.wd, args.ckpt_every, args.seed)):
-        parser.error("--lr, --wd, --ckpt-every and --seed must be from 0 to below 1e18")
-    if not all(0 <= value <= 1 for value in (args.gamma, args.momentum)):
-        parser.error("--gamma and --momentum must be from 0 to 1")
-    if not all(0 <= value < 1 for value in args.betas):
-        parser.error("--betas must be from 0 to below 1")
+    if not all(0 <= x < 1e18 for x in (args.lr0, args.gamma, args.wd, args.ckpt_every, args.seed)):
+        parser.error("--lr, --gamma, --wd, --ckpt-every and --seed must be from 0 to below 1e18")
+    if not all(0 <= x < 1 for x in (args.momentum, *args.betas)):
+        parser.error("--momentum and --betas must be from 0 to below 1")
     return args
 
 
@@ -134,9 +128,8 @@ def make_train_batch(args: argparse.Namespace, model: ResNet, optimizer, split: 
         optimizer.step()
         return loss.detach()
 
-    if device.type == "cuda" and not args.no_graph:
-        return RecordedBatch(train_batch, optimizer, args.bs)
-    return train_batch
+    recorded = device.type == "cuda" and not args.no_graph
+    return RecordedBatch(train_batch, optimizer, args.bs) if recorded else train_batch
 
 
 class RecordedBatch:
@@ -144,8 +137,7 @@ class RecordedBatch:
 
     A recording computes nothing; a replay runs the same kernels on the same memory. So the plan is
     copied to where the recording read it, each call's loss replaces the last one's, and what was a
-    number in Python is a constant: each new learning rate needs a new recording. (So is Adagrad's
-    count of steps, which only its lr_decay, 0, would use.)
+    number in Python is a constant: each new learning rate needs a new recording.
     """
 
     def __init__(self, train_batch, optimizer: optim.Optimizer, batch_size: int):
@@ -165,8 +157,7 @@ class RecordedBatch:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_batch(self.plan)
             except Exception as error:  # its context is the cause: leaving a recording raises, too
-                why = str(error.__context__ or error).partition("\n")[0]
-                fail(f"the iteration cannot be recorded ({why}); use --no-graph")
+                fail(f"cannot record it ({error.__context__ or error!s:.200}); use --no-graph")
         self.plan.copy_(plan)
         self.graph.replay()
         return self.loss
@@ -174,43 +165,31 @@ class RecordedBatch:
 
 @torch.no_grad()
 def evaluate(model: ResNet, split: data.Split, precision: str) -> Tensor:
-    """Whether each image is classified correctly, by running statistics: bool [n], on the CPU."""
+    """100 for each correctly classified image, else 0: float64 [n], CPU; its mean is in percent."""
     model.eval()
-    correct = []
-    for images, labels in zip(split.images.split(1000), split.labels.split(1000)):
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            correct.append(model(data.scale(images)).argmax(1) == labels)
+    batches = zip(split.images.split(1000), split.labels.split(1000))
+    with torch.autocast(split.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        correct = [model(data.scale(images)).argmax(1) == labels for images, labels in batches]
     model.train()
-    return torch.cat(correct).cpu()
-
-
-def percent(correct: Tensor) -> str:
-    """The accuracy, to two decimals."""
-    return f"{100 * correct.double().mean():.2f}"
+    return 100 * torch.cat(correct).cpu().double()
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of files, would survive a power cut."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def save(path: Path, **content) -> None:
     """torch.save, but a kill, a full disk or a power cut leaves the old file or the new one."""
     buffer, new = io.BytesIO(), path.with_suffix(".tmp")
     torch.save(content, buffer)  # straight to a file, a full disk would raise no OSError
     try:
         new.write_bytes(buffer.getbuffer())
-        flush_to_disk(new)
+        with open(new, "rb+") as file:
+            os.fsync(file)
         os.replace(new, path)
-    except OSError as error:
+    finally:
         new.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    with suppress(OSError):  # some network file systems cannot flush a folder
-        flush_to_disk(path.parent)
+    with suppress(OSError):  # Windows and some network file systems cannot flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load(path: Path, model: ResNet, *keys: str) -> list:
@@ -282,25 +261,20 @@ class Run:
              optimizer=optimizer.state_dict()["state"], iteration=self.iteration,
              seconds=self.seconds, lines=self.lines)  # fmt: skip
         self.saved_at = self.seconds
-        flush_to_disk(self.log_path)  # what was seen in it should survive a power cut, too
+        os.fsync(self.log)  # what was seen in it should survive a power cut, too
 
 
 # ---- a run ---------------------------------------------------------------------------------------
 def open_device(name: str | None, precision: str) -> torch.device:
     """The device of this name, else the first found of cuda, mps and cpu; exits if it cannot be."""
-    found = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    name = name or next(name for name in found if found[name])
-    if not found[name]:
-        fail(f"no {name} device was found; without --device the best one found is used")
-    if name == "cuda":
-        try:
-            torch.ones(1, device=name).item()
-        except RuntimeError as error:  # a driver too old, a card too old, a card in use
-            fail(f"CUDA does not start: {error} Or use --device cpu.")
-        if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
-            fail("bf16 needs compute capability 8.0 or more: use --precision tf32 or --device cpu")
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    mps = torch.backends.mps.is_available()
+    name = name or ("cuda" if torch.cuda.device_count() else "mps" if mps else "cpu")
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # none, its driver or itself too old, in use
+        fail(f"device {name} does not start: {str(error):.200}; or use --device cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device(name)
 
 
@@ -311,20 +285,18 @@ def device_name(device: torch.device) -> str:
     return f"cpu {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-def check_against_cpu(model: ResNet, split: data.Split) -> None:
-    """Exit where the loss and gradients of a batch are not the CPU's, as on MPS in old PyTorch."""
-    results = []
+def check_against_cpu(split: data.Split) -> None:
+    """Exit where a batch's gradients are not the CPU's, as on MPS in old PyTorch."""
+    gradients = []
     for device in (split.labels.device, torch.device("cpu")):
-        images, labels = split.images.to(device), split.labels.to(device)
-        twin = copy.deepcopy(model).to(device, memory_format=data.layout(device))
-        plan = data.epoch_plan(data.Split(images, labels), seed=0, epoch=0)
-        loss = F.cross_entropy(twin(data.augment(data.pad(images), plan)), labels[plan[0]])
-        loss.backward()
-        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in twin.parameters())])
+        torch.manual_seed(0)
+        model = ResNet().to(device, memory_format=data.layout(device))
+        images, labels = (tensor[:100].to(device) for tensor in split)
+        F.cross_entropy(model(data.scale(images)), labels).backward()
+        gradients.append([p.grad.cpu() for p in model.parameters()])
     # Rounding by 1e-4 in each convolution gives 0.2, as ReLU switches; a wrong gradient, about 1.
-    if not all((here - cpu).norm() <= 0.5 * cpu.norm() for here, cpu in zip(*results)):
-        fail(f"PyTorch {torch.__version__} computes wrong gradients on {split.labels.device.type}, "
-             "compared with the CPU: use --device cpu, or a newer PyTorch")  # fmt: skip
+    if not all((here - cpu).norm() <= 0.5 * cpu.norm() for here, cpu in zip(*gradients)):
+        fail(f"wrong gradients on {split.labels.device}: use --device cpu or a newer PyTorch")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -336,51 +308,46 @@ def train(args: argparse.Namespace) -> None:
         return print(f"{run.log_path} is complete; move it away to train it again")
     device = open_device(args.device, args.precision)
     train_split, test_split = data.load(args.data, device)
-    if bs > len(train_split.labels):
-        fail(f"--bs {bs} is more than the {len(train_split.labels):,} training images")
+    if device.type == "mps":
+        check_against_cpu(train_split)
     torch.manual_seed(args.seed)
     model = ResNet().to(device, memory_format=data.layout(device))
-    if device.type == "mps":
-        check_against_cpu(model, data.Split(*(tensor[:bs] for tensor in train_split)))
     optimizer = make_optimizer(args, model)
     run.open_log()
     run.resume(model, optimizer)
     train_batch = make_train_batch(args, model, optimizer, train_split)
     constant = ",".join(map(str, [*run.config.values(), device_name(device), torch.__version__]))
-    print(f"{run.name}: {device_name(device)}, {count_parameters(model):,} parameters, "
-          f"from iteration {run.iteration}, a line every {args.log_every}")  # fmt: skip
+    print(f"{run.name}: {device_name(device)}, from iteration {run.iteration}")
 
     plans = data.plans(train_split, bs, args.seed, start=run.iteration)
     while run.iteration < iters:  # from one line of the log to the next
-        start = run.iteration
-        stop = min(iters, *((start // n + 1) * n for n in (args.log_every, args.eval_every)))
+        end = min(iters, *((run.iteration // n + 1) * n for n in (args.log_every, args.eval_every)))
         loss_sum = torch.zeros((), device=device)
         began = time.perf_counter()
-        for t in range(start, stop):
+        for t in range(run.iteration, end):
             lr = args.lr0 * args.gamma ** (t // decay_step)  # report, Decay step
             optimizer.param_groups[0]["lr"] = lr
             loss_sum += train_batch(next(plans))
-        loss = loss_sum.item() / (stop - start)  # waits for the device
+        loss = loss_sum.item() / (end - run.iteration)  # waits for the device
         run.seconds += time.perf_counter() - began
-        run.iteration = stop
+        run.iteration = end
 
         finite = math.isfinite(loss)
-        due = finite and (stop == iters or stop % args.eval_every == 0)
-        accuracy = percent(evaluate(model, test_split, args.precision)) if due else ""
-        line = f"{constant},{stop},{lr:.6g},{loss:.6f},{accuracy},{run.seconds:.2f}\n"
+        due = finite and (end == iters or end % args.eval_every == 0)
+        accuracy = f"{evaluate(model, test_split, args.precision).mean():.2f}" if due else ""
+        line = f"{constant},{end},{lr:.6g},{loss:.6f},{accuracy},{run.seconds:.2f}\n"
         run.lines += line
         # First the state, then the line: no log is ahead of its checkpoint or its weights.
-        if finite and stop == iters:
+        if finite and end == iters:
             save(run.weights_path, config=run.config, model=model.state_dict())
         elif finite and run.seconds - run.saved_at >= args.ckpt_every:
             run.save_checkpoint(model, optimizer)
         print(line, end="", file=run.log, flush=True)
         if not finite:
-            fail(f"loss {loss} at iteration {stop}, see {run.log_path}; try a lower --lr", 3)
-        tested = f"test {accuracy} %  " if accuracy else ""
-        left = run.seconds / stop * (iters - stop) / 60
-        print(f"{stop}/{iters}  loss {loss:.4f}  {tested}{left:.0f} min left  {run.name}")
-    flush_to_disk(run.log_path)
+            fail(f"loss {loss} at iteration {end}, see {run.log_path}; try a lower --lr", 3)
+        left = run.seconds / end * (iters - end) / 60
+        print(f"{end}/{iters}  loss {loss:.4f}  test {accuracy or '-':>5} %  {left:.0f} min left")
+    os.fsync(run.log)
     run.ckpt_path.unlink(missing_ok=True)
     print(f"{run.seconds:.0f} s of training; log {run.log_path}, weights {run.weights_path}")
 
@@ -394,9 +361,9 @@ def test(args: argparse.Namespace) -> None:
     _, split = data.load("synthetic" if config["data"] == "synthetic" else args.data, device)
     model.to(device, memory_format=data.layout(device))
     correct, labels = evaluate(model, split, config["precision"]), split.labels.cpu()
-    print(f"{run_name(config)}: {percent(correct)} %")
+    print(f"{run_name(config)}: {correct.mean():.2f} %")
     for number, name in enumerate(data.CLASSES):
-        print(f"{name:<10} {percent(correct[labels == number]):>6} %")
+        print(f"{name:<10} {correct[labels == number].mean():6.2f} %")
 
 
 def main() -> None:
@@ -405,14 +372,8 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # shown at once, always
     try:
         test(args) if args.eval else train(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else its end fails, too
-        fail("stopped, as nobody reads the output any more; the same command continues")
-    except (data.DataError, torch.OutOfMemoryError) as error:
+    except (data.DataError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
-    except OSError as error:
-        where = error.filename or f"{args.logs}, or the output"
-        fail(f"{where}: {error.strerror}; mend that and start again")
 
 
 if __name__ == "__main__":
