@@ -51,8 +51,9 @@ while [ $# -gt 0 ]; do
     fail 2 "cannot use '$1' (--help); the flags of train.py come after --, as in -- --seed 1"
   shift
 done
-every=$((n < 100 ? 100 / n : 1))
-while [ $((100 % every)) != 0 ]; do every=$((every - 1)); done  # report.py compares hundreds
+for every in 100 50 25 20 10 5 4 2 1; do  # report.py compares hundreds
+  [ $((every * n)) -gt 100 ] || break
+done
 [ "$n" = 1 ] || more=" --log-every $every"
 [ $# = 0 ] || more="$more$(printf ' %q' "$@")"
 

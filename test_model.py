@@ -249,21 +249,22 @@ def test_evaluate_counts_every_image_once_and_changes_nothing():
     split, network = images_and_labels(2300), First()
     wrong = torch.arange(2300) % 7 == 0
     split.images[:, 0, 0, 0] = (split.labels + 3 * wrong) % 10
-    assert torch.equal(train.evaluate(network, split, "tf32"), ~wrong) and network.training
-    assert train.percent(~wrong) == f"{100 * (~wrong).sum().item() / 2300:.2f}"
+    assert torch.equal(train.evaluate(network, split, "tf32"), 100 * (~wrong).double())
+    assert network.training
 
 
 def test_wrong_gradients_of_a_device_are_noticed(capsys):
-    network, split = model.ResNet(), images_and_labels(20)
-    train.check_against_cpu(network, split)  # the CPU agrees with itself
+    split = images_and_labels(20)
+    train.check_against_cpu(split)  # the CPU agrees with itself
     for name, factor, fails in (("linear.bias", 2, True), ("stem.1.weight", 0, True),
                                 ("layer2.0.conv1.0.weight", math.nan, True),
                                 ("layer2.0.conv1.0.weight", 1.2, False)):  # fmt: skip
-        twins = [copy.deepcopy(network), copy.deepcopy(network)]
-        twins[0].get_parameter(name).register_hook(lambda gradient: factor * gradient)
-        with patch("copy.deepcopy", side_effect=twins):
+        torch.manual_seed(0)
+        wrong = model.ResNet()
+        wrong.get_parameter(name).register_hook(lambda gradient: factor * gradient)
+        with patch("train.ResNet", side_effect=[wrong, copy.deepcopy(wrong)]):
             with pytest.raises(SystemExit) if fails else nullcontext():
-                train.check_against_cpu(network, split)
+                train.check_against_cpu(split)
     assert capsys.readouterr().err.count("--device cpu") == 3
 
 
@@ -399,10 +400,10 @@ def test_log_weights_and_output_against_a_recomputation(where, tmp_path):
     constant = [*map(str, saved["config"].values()), "cpu 1 threads", torch.__version__]
     assert all([*row.values()][:14] == constant for row in rows)
     assert result.out.splitlines() == [
-        f"{name}: cpu 1 threads, 4,883,626 parameters, from iteration 0, a line every 2",
-        f"2/5  loss {logged[0]:.4f}  1 min left  {name}",
-        f"4/5  loss {logged[1]:.4f}  test {accuracy[4]} %  0 min left  {name}",
-        f"5/5  loss {logged[2]:.4f}  test {accuracy[5]} %  0 min left  {name}",
+        f"{name}: cpu 1 threads, from iteration 0",
+        f"2/5  loss {logged[0]:.4f}  test     - %  1 min left",
+        f"4/5  loss {logged[1]:.4f}  test {accuracy[4]:>5} %  0 min left",
+        f"5/5  loss {logged[2]:.4f}  test {accuracy[5]:>5} %  0 min left",
         f"75 s of training; log logs/{name}.csv, weights logs/{name}.pt",
     ]
 
@@ -451,7 +452,7 @@ def test_defaults_are_the_reports_and_the_name_tells_every_other_setting():
 
 
 @pytest.mark.parametrize("flags", [
-    "--lr nan", "--lr -1", "--bs 0", "--bs 1.5", "--gamma 1.1", "--momentum 2", "--betas 0.9 1",
+    "--lr nan", "--lr -1", "--bs 0", "--bs 1.5", "--gamma -1", "--momentum 2", "--betas 0.9 1",
     "--seed -1", "--lr 1e38", "--ckpt-every -1", "--optimizer lion", "--epochs 9", "stray",
 ])  # fmt: skip
 def test_bad_flags(flags, capsys):
@@ -510,9 +511,10 @@ def test_files_are_on_disk_before_they_replace_others(tmp_path, monkeypatch):
     flags = train.parse_args([*SHORT, "--logs", str(tmp_path)])
     events, replace = [], os.replace
 
-    def note_flush(descriptor: int) -> None:
+    def note_flush(file) -> None:
+        status = os.fstat(file if isinstance(file, int) else file.fileno())
         (file,) = (path for path in (tmp_path, *tmp_path.iterdir())
-                   if os.path.samestat(path.stat(), os.fstat(descriptor)))  # fmt: skip
+                   if os.path.samestat(path.stat(), status))  # fmt: skip
         assert file.suffix != ".tmp" or file.stat().st_size
         events.append(file.suffix)
 
@@ -545,7 +547,7 @@ def test_divergence_is_logged_and_exits_with_3(tmp_path):
     for iters, start in ((9, 0), (9, 2), (3, 0), (3, 2)):
         result = call(tmp_path, *flags, "--iters", iters)
         assert_one_line_error(result, 3, "loss nan at iteration 3", "lower --lr")
-        assert f"from iteration {start}," in result.out
+        assert f"from iteration {start}\n" in result.out
         (log,) = (tmp_path / "logs").glob(f"*_iters{iters}_*.csv")
         assert [(row["loss"], row["test_acc"]) for row in read_log(log)][2:] == [("nan", "")]
     assert not list((tmp_path / "logs").glob("*.pt"))
@@ -553,9 +555,8 @@ def test_divergence_is_logged_and_exits_with_3(tmp_path):
 
 def test_what_cannot_start_writes_nothing(tmp_path):
     absent = "cuda" if sys.platform == "darwin" else "mps"
-    assert_one_line_error(call(tmp_path, *SHORT, "--device", absent), 1, f"no {absent} device")
-    assert_one_line_error(call(tmp_path, *SHORT, "--bs", 11), 1, "--bs 11 is more than the 10")
-    assert_one_line_error(call(tmp_path, "--eval", "none.pt"), 1, "none.pt: No such file")
+    assert_one_line_error(call(tmp_path, *SHORT, "--device", absent), 1, f"device {absent} does")
+    assert_one_line_error(call(tmp_path, "--eval", "none.pt"), 1, "No such file", "'none.pt'")
     (tmp_path / "data" / CIFAR10.base_folder).mkdir(parents=True)
     assert_one_line_error(call(tmp_path, "--device", "cpu"), 1, CIFAR10.base_folder, "missing")
     assert not (tmp_path / "logs").exists()
@@ -588,7 +589,7 @@ def test_bad_checkpoints_and_weights(tmp_path):
     # What is no fault of the file is not put down to it.
     torch.save(saved, ckpt)
     for function, error, words in (
-        ("zipfile.ZipFile", PermissionError(13, "Permission denied", "x"), "x: Permission denied"),
+        ("zipfile.ZipFile", PermissionError(13, "Permission denied", "x"), "denied: 'x'"),
         ("torch.nn.Module.load_state_dict", torch.OutOfMemoryError("full"), "train.py: full"),
     ):
         result = call(tmp_path, *SHORT, hook=(refuse, function, error))
@@ -622,7 +623,7 @@ def test_disk_that_takes_no_more(undisturbed, tmp_path):
     before = outcome(tmp_path)
     full = (resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, 2**20))
     result = call(tmp_path, *SHORT, hook=full)
-    assert_one_line_error(result, 1, f"logs/{NAME}.ckpt: File too large", "mend that")
+    assert_one_line_error(result, 1, "File too large")
     assert outcome(tmp_path) == before
     assert call(tmp_path, *SHORT).code == 0  # once there is room
     assert outcome(tmp_path) == outcome(undisturbed["sgd"])
@@ -639,18 +640,13 @@ def test_second_process_on_one_configuration_stops(tmp_path):
     first.kill()
 
 
-@pytest.mark.parametrize("name", ["train.py", "data.py", "report.py"])
-def test_output_that_nobody_reads(name, tmp_path):
-    """As with `| head -0`: training ends in words, the others as any tool does."""
+@pytest.mark.parametrize("command", ["data.py --data synthetic", f"report.py --logs {RESULTS}"])
+def test_tools_end_quietly_when_nobody_reads(command, tmp_path):
     read, write = os.pipe()
     os.close(read)
-    flags = {"train.py": [*SHORT, "--logs", tmp_path], "data.py": ["--data", "synthetic"],
-             "report.py": ["--logs", RESULTS]}[name]  # fmt: skip
-    command = [sys.executable, HERE / name, *flags]
-    result = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *f"{HERE}/{command}".split()]
+    assert not subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE).stderr
     os.close(write)
-    words = "train.py: stopped, as nobody reads the output any more; the same command continues\n"
-    assert result.stderr == (words if name == "train.py" else "")
 
 
 # ---- run_all.sh ----------------------------------------------------------------------------------
@@ -1158,7 +1154,7 @@ def test_recorded_batch_trains_each_plan_once_at_its_rate(monkeypatch, capsys):
             recorded(torch.zeros(4, 2))
     with pytest.raises(SystemExit):
         recorded(torch.zeros(4, 2))
-    assert re.fullmatch(r"train\.py: [^\n]+\(why\); use --no-graph\n", capsys.readouterr().err)
+    assert capsys.readouterr().err == "train.py: cannot record it (why more); use --no-graph\n"
 
 
 # Strings: pytest evaluates them, but not the import of this file in the forks' server. See FORKS.
@@ -1222,7 +1218,7 @@ def test_failed_recording_on_cuda_and_without_it(tmp_path):
     result = call(tmp_path, *SHORT, "--bs", 5, "--device", "cuda", hook=wait)
     assert_one_line_error(result, 1, "recorded", "--no-graph")
     result = call(tmp_path, *SHORT, "--bs", 5, "--device", "cuda", "--no-graph", hook=wait)
-    assert result.code == 0 and "from iteration 2," in result.out
+    assert result.code == 0 and "from iteration 2\n" in result.out
 
 
 def smooth(kill: bool) -> None:
