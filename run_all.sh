@@ -8,9 +8,8 @@
 #   bash run_all.sh --list [TABLE...]  print the commands of the runs, train nothing
 #   bash run_all.sh 4 -- --seed 1      what follows -- goes to every train.py
 #
-# Stop it with Ctrl-C and start it again: it skips what is complete and continues the rest. (kill -9
-# of this script alone leaves its run alive.) Paths are relative to this script's folder.
-# Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no python or no PyTorch.
+# Stop it with Ctrl-C and start it again: it skips what is complete and continues the rest. Paths are
+# relative to its folder. Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no PyTorch.
 
 # The rows, with the report's accuracy in percent; report.py reads them from here.
 rows='
@@ -32,7 +31,6 @@ rows='
 7          92.14      sgd        0.3  128  10000  32000
 extended   93.18      sgd        0.3  128  10000  64000
 '
-[ "$BASH_VERSION" ] || exec bash "$0" "$@"  # started as `sh run_all.sh`
 cd "$(dirname "$0")" || exit 1
 
 fail() { echo "run_all.sh: $2" >&2; exit "$1"; }
@@ -51,9 +49,8 @@ while [ $# -gt 0 ]; do
     fail 2 "cannot use '$1' (--help); the flags of train.py come after --, as in -- --seed 1"
   shift
 done
-for every in 100 50 25 20 10 5 4 2 1; do  # report.py compares hundreds
-  [ $((every * n)) -gt 100 ] || break
-done
+# Lines of the log at 1/n as well, but at every hundredth iteration, which report.py compares.
+for every in 100 50 25 20 10 5 4 2 1; do [ $((every * n)) -le 100 ] && break; done
 [ "$n" = 1 ] || more=" --log-every $every"
 [ $# = 0 ] || more="$more$(printf ' %q' "$@")"
 

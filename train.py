@@ -157,7 +157,7 @@ class RecordedBatch:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_batch(self.plan)
             except Exception as error:  # its context is the cause: leaving a recording raises, too
-                fail(f"cannot record it ({error.__context__ or error!s:.200}); use --no-graph")
+                fail(f"cannot record a graph ({error.__context__ or error!s:.200}); use --no-graph")
         self.plan.copy_(plan)
         self.graph.replay()
         return self.loss
@@ -272,7 +272,7 @@ def open_device(name: str | None, precision: str) -> torch.device:
     try:
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # none, its driver or itself too old, in use
-        fail(f"device {name} does not start: {str(error):.200}; or use --device cpu")
+        fail(f"device {name} does not start: {str(error):.350}; or use --device cpu")
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device(name)
