@@ -52,7 +52,7 @@ class Run(NamedTuple):
     machine: str  # processor and PyTorch's version
 
 
-# By setting of the full length, n where iterations and decay step were 1/n of it, and arithmetic.
+# By setting at full length, n for runs with 1/n of its iterations and decay step, and arithmetic.
 Runs = dict[tuple[Setting, int, str], list[Run]]
 
 
@@ -92,7 +92,7 @@ def arithmetic(line: dict[str, str]) -> str:
 
 def full_setting(own: Setting, rows: list[Row]) -> tuple[Setting, int]:
     """The setting of which `own` has 1/n of the iterations and of the decay step, and n."""
-    for row in rows:
+    for row in rows:  # the extended run last, as half of it is a row of Table 7
         n = row.setting.iters // own.iters
         if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
             return row.setting, n
@@ -109,12 +109,12 @@ def read_log(path: Path, rows: list[Row]) -> tuple[tuple[Setting, int, str], Run
     last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
         raise ValueError("incomplete: iteration {iteration} of {iters}, loss {loss}".format(**last))
-    if len({arithmetic(line) for line in lines}) > 1:
-        raise ValueError("more than one arithmetic in it")
+    if len({(as_setting(line), arithmetic(line)) for line in lines}) > 1:
+        raise ValueError("more than one setting or arithmetic in it")
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
-    sums, at = {0: 0.0}, 0  # of the losses of all iterations until there
+    sums, at = {0: 0.0}, 0  # {iteration: sum of the losses until there}
     for line in lines:
         start, at = at, int(line["iteration"])
         sums[at] = sums[start] + float(line["loss"]) * (at - start)
@@ -186,6 +186,11 @@ def names(settings: list[Setting]) -> list[str]:
     return [", ".join(f"{Setting._fields[i]} {one[i]}" for i in fields) for one in settings]
 
 
+def best(rows: list[Row], table: str) -> Row:
+    """The row of a table with the highest accuracy in the report."""
+    return max((row for row in rows if row.table == table), key=lambda row: row.accuracy)
+
+
 def length(n: int) -> str:
     return "full" if n == 1 else f"1/{n}"
 
@@ -217,18 +222,16 @@ def summary(rows: list[Row], runs: Runs) -> str:
     for kind in filter(gaps.get, ARITHMETIC):
         gap, values = max(gaps[kind].values(), key=lambda pair: abs(pair[0]))
         text += f"In {kind}, {len(gaps[kind])} of {len({row.setting for row in rows})} settings "
-        text += "ran at full length; the largest difference from the report's accuracy is "
+        text += "ran at full length. The largest difference from the report's accuracy is "
         text += f"{gap:+.2f} percentage points: {values}.\n"
     return (text or "No full-length run yet.\n") + "\n" + markdown(cells)
 
 
 def verdicts(rows: list[Row], runs: Runs) -> str:
     """A table of what the report concludes, and what our full-length runs say of it."""
-    claims = [(rows[-1], max(rows[:-1], key=lambda row: row.accuracy))]  # extended, Table 8's
-    for row in rows:
-        best = max((r for r in rows if r.table == row.table), key=lambda row: row.accuracy)
-        claims += [(best, row)] if row != best else []
+    claims = [(best(rows, row.table), row) for row in rows if row != best(rows, row.table)]
     claims += [(row, rows[0]) for row in rows[1:3]]  # Adam is the lowest of Table 4
+    claims += [(rows[-1], best(rows, "7"))]  # the extended run against Table 8's
     cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
               "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
     for better, worse in sorted(claims, key=lambda claim: claim[0].table):
@@ -272,9 +275,10 @@ def all_runs(runs: Runs) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
     cells = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
     for (_, n, kind), group in runs.items():
-        for file, seed, accuracy, _, machine in group:
-            link, final = f"[{file.removesuffix('.csv')}]({file})", f"{accuracy:.2f}" * (n == 1)
-            cells.append([link, length(n), seed, kind, final, machine])
+        for run in group:
+            link = f"[{run.file.removesuffix('.csv')}]({run.file})"
+            final = f"{run.accuracy:.2f}" if n == 1 else ""
+            cells.append([link, length(n), run.seed, kind, final, run.machine])
     return markdown(cells)
 
 
@@ -287,11 +291,11 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: Runs) -> None:
         end = setting.iters if n == 1 else setting.step // n
         curves = [("author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
         for kind, width in ARITHMETIC.items():
-            ours = [run.loss for run in runs.get((setting, n, kind), [])]
-            curves.append((f"ours in {kind}", "-", width, ours))
+            ours = [run.loss for run in runs.get((setting, n, kind), []) if run.loss]
+            curves += [(f"ours in {kind}", "-", width, ours)] if ours else []
         for whose, style, width, losses in curves:
             x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
-            if not losses or not x:
+            if not x:
                 continue  # neither a line nor a name in the legend
             y = [[loss[i] for loss in losses] for i in x]
             label = f"{name}, {whose}"
@@ -315,7 +319,7 @@ def draw_figure(number: int, rows: list[Row], runs: Runs):
 
     settings = [row.setting for row in rows if row.table == str(number)]
     if number == 8:
-        settings = [max(rows[:-1], key=lambda row: row.accuracy).setting, rows[-1].setting]
+        settings = [best(rows, "7").setting, rows[-1].setting]
     lengths = {n for setting, n, _ in runs if setting in settings and setting.step // n >= 100}
     lengths = sorted({1} | lengths)
     figure = Figure(figsize=(10, 0.5 + 3.5 * len(lengths)), dpi=150, layout="constrained")
@@ -344,14 +348,17 @@ def main() -> None:
     parser.error = lambda message: parser.exit(2, f"report.py: {message} (--help)\n")
     parser.add_argument("--logs", type=home, default="logs", help="folder of logs (./logs)")
     parser.add_argument("--figures", type=home, help="folder for figure4.png ... figure8.png")
-    parser.add_argument("--write", action="store_true", help="renew the two pages from results")
+    parser.add_argument("--write", action="store_true", help="renew the two pages, from results")
     args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
+    folder = HERE / "results" if args.write else Path(args.logs)
+    if not folder.is_dir():
+        sys.exit(f"report.py: no folder {folder}: train first, or try --logs results")
     try:
         rows = read_rows()
-        runs, left_out = collect(HERE / "results" if args.write else Path(args.logs), rows)
+        runs, left_out = collect(folder, rows)
         parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
                  "start of training": starts(runs), "runs": all_runs(runs),
                  "logs left out": "\n".join(left_out) or "None."}  # fmt: skip

@@ -31,6 +31,7 @@ rows='
 7          92.14      sgd        0.3  128  10000  32000
 extended   93.18      sgd        0.3  128  10000  64000
 '
+[ "$BASH_VERSION" ] || exec bash "$0" "$@"  # started as `sh run_all.sh`
 cd "$(dirname "$0")" || exit 1
 
 fail() { echo "run_all.sh: $2" >&2; exit "$1"; }
@@ -49,7 +50,7 @@ while [ $# -gt 0 ]; do
     fail 2 "cannot use '$1' (--help); the flags of train.py come after --, as in -- --seed 1"
   shift
 done
-# Lines of the log at 1/n as well, but at every hundredth iteration, which report.py compares.
+# The lines of the log are closer, too, but one is at each hundredth iteration, for report.py.
 for every in 100 50 25 20 10 5 4 2 1; do [ $((every * n)) -le 100 ] && break; done
 [ "$n" = 1 ] || more=" --log-every $every"
 [ $# = 0 ] || more="$more$(printf ' %q' "$@")"

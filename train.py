@@ -1,14 +1,12 @@
 """Train the report's ResNet on CIFAR-10: one configuration, one CSV log, one file of weights.
 
-    python train.py                                                 # Table 8: the best row
-    python train.py --lr 0.1 --bs 64 --step 5000                    # Tables 4 and 5: the SGD row
-    python train.py --eval logs/NAME.pt                             # test saved weights
+    python train.py                                    # Table 8, the report's best row
+    python train.py --eval logs/NAME.pt                # the test accuracy of its weights
     python train.py --data synthetic --lr 0.003 --bs 16 --iters 100 --log-every 10    # a short try
 
-A run writes LOGS/NAME.csv, the log, LOGS/NAME.pt, the final weights, and until it ends
-LOGS/NAME.ckpt, the checkpoint; NAME is the settings. Stop it in any way: the same command continues
-from the checkpoint and ends with the log and the weights of an undisturbed run. A complete run is
-not repeated. Exit status: 0 done, 1 an error, 2 a bad flag, 3 the loss is no longer finite.
+A run writes LOGS/NAME.csv, the log, LOGS/NAME.pt, the weights, and until its end LOGS/NAME.ckpt,
+from which the same command continues, however it was stopped, to the files of an undisturbed run.
+NAME is the settings. Exit status: 0 done, 1 an error, 2 a bad flag, 3 a loss that is not finite.
 """
 
 import argparse
@@ -42,7 +40,7 @@ def fail(message: str, status: int = 1):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; defaults are the report's best row (Tables 3 and 8)."""
-    raw, home = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # ~ is the home folder
+    raw, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # ~ is the home folder
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help)", 2)
     add = parser.add_argument
@@ -56,8 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wd", type=float, default=1e-4, help="weight decay, added to the gradient (%(default)s)")
     add("--iters", type=int, default=32000, help="iterations, not epochs (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, crops and flips (%(default)s)")
-    add("--data", type=home, default="./data", help="CIFAR-10's folder or synthetic (%(default)s)")
-    add("--logs", type=home, default="logs", help="folder for the files (./%(default)s)")
+    add("--data", type=path, default="./data", help="CIFAR-10's folder or synthetic (%(default)s)")
+    add("--logs", type=path, default="logs", help="folder for the files (./%(default)s)")
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these found")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
         help="of convolutions on CUDA; bf16: autocast anywhere (%(default)s)")  # fmt: skip
@@ -66,14 +64,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=int, default=100, help="iterations between lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="iterations between evaluations (%(default)s)")
     add("--ckpt-every", type=float, default=60, help="seconds between checkpoints (%(default)s)")
-    add("--eval", type=home, metavar="FILE", help="test the weights in FILE, train nothing")
+    add("--eval", type=path, metavar="FILE", help="test the weights in FILE, train nothing")
     args = parser.parse_args(argv)
     if min(args.bs, args.step, args.iters, args.log_every, args.eval_every) < 1:
         parser.error("--bs, --step, --iters, --log-every and --eval-every must be 1 or more")
-    if not all(0 <= x < 1e18 for x in (args.lr0, args.gamma, args.wd, args.ckpt_every, args.seed)):
-        parser.error("--lr, --gamma, --wd, --ckpt-every and --seed must be from 0 to below 1e18")
-    if not all(0 <= x < 1 for x in (args.momentum, *args.betas)):
-        parser.error("--momentum and --betas must be from 0 to below 1")
+    if not all(0 <= x < 1e18 for x in (args.lr0, args.wd, args.ckpt_every, args.seed)):
+        parser.error("--lr, --wd, --ckpt-every and --seed must be from 0 to below 1e18")
+    if not (0 <= args.gamma <= 1 and all(0 <= x < 1 for x in (args.momentum, *args.betas))):
+        parser.error("--gamma must be from 0 to 1, --momentum and --betas from 0 to below 1")
     return args
 
 
@@ -100,7 +98,7 @@ def run_name(config: dict) -> str:
 # ---- one iteration -------------------------------------------------------------------------------
 def make_optimizer(args: argparse.Namespace, model: ResNet) -> optim.Optimizer:
     """The optimizer with the report's settings; it adds the weight decay to the gradient."""
-    cuda = model.linear.weight.is_cuda  # a graph needs `capturable`
+    cuda = model.linear.weight.is_cuda  # where `fused` is faster and a graph needs `capturable`
     common = {"params": model.parameters(), "lr": args.lr0, "weight_decay": args.wd}
     if args.optimizer == "sgd":
         return optim.SGD(momentum=args.momentum, fused=cuda or None, **common)
@@ -119,7 +117,7 @@ def make_train_batch(args: argparse.Namespace, model: ResNet, optimizer, split: 
 
     def train_batch(plan: Tensor) -> Tensor:
         """Forward, loss, backward, update: plan, int64 [4, b] -> mean loss, float32 []"""
-        network = compiled if plan.shape[1] == args.bs else model  # a short one is not worth it
+        network = compiled if plan.shape[1] == args.bs else model  # compiled for full batches
         images, labels = data.augment(padded, plan), split.labels[plan[0]]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             loss = F.cross_entropy(network(images), labels)
@@ -136,14 +134,14 @@ class RecordedBatch:
     """train_batch as a CUDA graph: its hundreds of kernels, recorded once, are launched as one.
 
     A recording computes nothing; a replay runs the same kernels on the same memory. So the plan is
-    copied to where the recording read it, each call's loss replaces the last one's, and what was a
-    number in Python is a constant: each new learning rate needs a new recording.
+    copied to where the recording read it, and what was a number in Python is a constant: each new
+    learning rate needs a new recording. (Adagrad's count of steps matters only to its lr_decay, 0.)
     """
 
     def __init__(self, train_batch, optimizer: optim.Optimizer, batch_size: int):
         self.train_batch, self.optimizer, self.batch_size = train_batch, optimizer, batch_size
         self.calls, self.recorded_lr = 0, None
-        torch.cuda.synchronize()  # what was begun in the default stream, which cannot be recorded
+        torch.cuda.synchronize()  # the default stream, which cannot be recorded, ends first
         torch.cuda.set_stream(torch.cuda.Stream())
 
     def __call__(self, plan: Tensor) -> Tensor:
@@ -156,7 +154,7 @@ class RecordedBatch:
             try:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_batch(self.plan)
-            except Exception as error:  # its context is the cause: leaving a recording raises, too
+            except Exception as error:  # perhaps of leaving it; then its context is the cause
                 fail(f"cannot record a graph ({error.__context__ or error!s:.200}); use --no-graph")
         self.plan.copy_(plan)
         self.graph.replay()
@@ -184,11 +182,13 @@ def save(path: Path, **content) -> None:
         with open(new, "rb+") as file:
             os.fsync(file)
         os.replace(new, path)
-    finally:
+    except OSError as error:
         new.unlink(missing_ok=True)
-    with suppress(OSError):  # Windows and some network file systems cannot flush a folder
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with suppress(OSError):  # Windows opens no folder, some network file systems flush none
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with suppress(OSError):
+            os.fsync(folder)
         os.close(folder)
 
 
@@ -246,7 +246,7 @@ class Run:
         config, state, self.iteration, self.seconds, self.lines = load(self.ckpt_path, model, *keys)
         if config != self.config:
             fail(f"{self.ckpt_path} is of another run; move it and the log away")
-        # The state alone, laid out as the parameters are: the groups hold the other device's flags.
+        # The state alone, as the groups hold flags of its device; and laid out as the parameters.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         for p, values in optimizer.state.items():
             for key, value in values.items():
@@ -271,8 +271,8 @@ def open_device(name: str | None, precision: str) -> torch.device:
     name = name or ("cuda" if torch.cuda.device_count() else "mps" if mps else "cpu")
     try:
         torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # none, its driver or itself too old, in use
-        fail(f"device {name} does not start: {str(error):.350}; or use --device cpu")
+    except (RuntimeError, AssertionError) as error:  # not there, driver or card too old, in use
+        fail(f"no {name} device ({str(error).partition('. ')[0]:.200}): use --device cpu")
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return torch.device(name)
@@ -294,20 +294,22 @@ def check_against_cpu(split: data.Split) -> None:
         images, labels = (tensor[:100].to(device) for tensor in split)
         F.cross_entropy(model(data.scale(images)), labels).backward()
         gradients.append([p.grad.cpu() for p in model.parameters()])
-    # Rounding by 1e-4 in each convolution gives 0.2, as ReLU switches; a wrong gradient, about 1.
+    # Relative: rounding gives up to 0.2, as it switches ReLUs, and a wrong gradient about 1.
     if not all((here - cpu).norm() <= 0.5 * cpu.norm() for here, cpu in zip(*gradients)):
         fail(f"wrong gradients on {split.labels.device}: use --device cpu or a newer PyTorch")
 
 
 def train(args: argparse.Namespace) -> None:
     """Train what the flags describe, or continue it, or say that it is complete."""
-    bs, iters, decay_step = args.bs, args.iters, args.step
+    iters, decay_step = args.iters, args.step
     run = Run(args)
     if run.is_complete():
         run.ckpt_path.unlink(missing_ok=True)
         return print(f"{run.log_path} is complete; move it away to train it again")
     device = open_device(args.device, args.precision)
     train_split, test_split = data.load(args.data, device)
+    if args.bs > len(train_split.labels):
+        fail(f"--bs {args.bs} is more than the {len(train_split.labels):,} training images")
     if device.type == "mps":
         check_against_cpu(train_split)
     torch.manual_seed(args.seed)
@@ -317,9 +319,8 @@ def train(args: argparse.Namespace) -> None:
     run.resume(model, optimizer)
     train_batch = make_train_batch(args, model, optimizer, train_split)
     constant = ",".join(map(str, [*run.config.values(), device_name(device), torch.__version__]))
+    plans = data.plans(train_split, args.bs, args.seed, start=run.iteration)
     print(f"{run.name}: {device_name(device)}, from iteration {run.iteration}")
-
-    plans = data.plans(train_split, bs, args.seed, start=run.iteration)
     while run.iteration < iters:  # from one line of the log to the next
         end = min(iters, *((run.iteration // n + 1) * n for n in (args.log_every, args.eval_every)))
         loss_sum = torch.zeros((), device=device)
@@ -345,19 +346,18 @@ def train(args: argparse.Namespace) -> None:
         print(line, end="", file=run.log, flush=True)
         if not finite:
             fail(f"loss {loss} at iteration {end}, see {run.log_path}; try a lower --lr", 3)
-        left = run.seconds / end * (iters - end) / 60
-        print(f"{end}/{iters}  loss {loss:.4f}  test {accuracy or '-':>5} %  {left:.0f} min left")
+        left = f"{run.seconds / end * (iters - end) / 60:.0f} min left  {run.name}"
+        print(f"{end}/{iters}  loss {loss:.4f}  test {accuracy or '-':>5} %  {left}")
     os.fsync(run.log)
     run.ckpt_path.unlink(missing_ok=True)
     print(f"{run.seconds:.0f} s of training; log {run.log_path}, weights {run.weights_path}")
 
 
 def test(args: argparse.Namespace) -> None:
-    """Print the test accuracy of the weights in a file, overall and by class."""
+    """Print the accuracy of the weights in a file on such images as they saw, and by class."""
     model = ResNet()
     (config,) = load(Path(args.eval), model, "config")
     device = open_device(args.device, config["precision"])
-    # Weights of generated images are tested on such: real ones would be a test of nothing.
     _, split = data.load("synthetic" if config["data"] == "synthetic" else args.data, device)
     model.to(device, memory_format=data.layout(device))
     correct, labels = evaluate(model, split, config["precision"]), split.labels.cpu()
@@ -373,7 +373,7 @@ def main() -> None:
     try:
         test(args) if args.eval else train(args)
     except (data.DataError, OSError, torch.OutOfMemoryError) as error:
-        fail(str(error))
+        fail(f"{error}; mend that and start again")
 
 
 if __name__ == "__main__":
