@@ -135,7 +135,7 @@ def collect(folder: Path, rows: list[Row]) -> tuple[Runs, list[str]]:
             seeds = runs.setdefault(place, {})
             if seeds.setdefault(run.seed, run) is not run:
                 raise ValueError(f"same settings and seed as {seeds[run.seed].file}")
-        except (OSError, ValueError, csv.Error) as error:
+        except (OSError, ValueError, ArithmeticError, csv.Error) as error:
             left_out.append(f"- `{path.name}`: {error}")
         except LookupError as error:
             left_out.append(f"- `{path.name}`: damaged: {error!r}")

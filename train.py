@@ -117,7 +117,7 @@ def make_train_batch(args: argparse.Namespace, model: ResNet, optimizer, split: 
 
     def train_batch(plan: Tensor) -> Tensor:
         """Forward, loss, backward, update: plan, int64 [4, b] -> mean loss, float32 []"""
-        network = compiled if plan.shape[1] == args.bs else model  # compiled for full batches
+        network = compiled if plan.shape[1] == args.bs else model  # short batches stay eager
         images, labels = data.augment(padded, plan), split.labels[plan[0]]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             loss = F.cross_entropy(network(images), labels)
@@ -141,7 +141,7 @@ class RecordedBatch:
     def __init__(self, train_batch, optimizer: optim.Optimizer, batch_size: int):
         self.train_batch, self.optimizer, self.batch_size = train_batch, optimizer, batch_size
         self.calls, self.recorded_lr = 0, None
-        torch.cuda.synchronize()  # the default stream, which cannot be recorded, ends first
+        torch.cuda.synchronize()  # let the default stream finish: it cannot be recorded
         torch.cuda.set_stream(torch.cuda.Stream())
 
     def __call__(self, plan: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class RecordedBatch:
             try:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_batch(self.plan)
-            except Exception as error:  # perhaps of leaving it; then its context is the cause
+            except Exception as error:  # if leaving it failed, its context is the cause
                 fail(f"cannot record a graph ({error.__context__ or error!s:.200}); use --no-graph")
         self.plan.copy_(plan)
         self.graph.replay()
@@ -246,7 +246,7 @@ class Run:
         config, state, self.iteration, self.seconds, self.lines = load(self.ckpt_path, model, *keys)
         if config != self.config:
             fail(f"{self.ckpt_path} is of another run; move it and the log away")
-        # The state alone, as the groups hold flags of its device; and laid out as the parameters.
+        # The state alone, as the groups hold flags of their device; and laid out as the parameters.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         for p, values in optimizer.state.items():
             for key, value in values.items():
