@@ -1030,6 +1030,7 @@ def test_numbers_in_the_text():
         ("adam_lr0.1_bs64_step5000", 0),
         *(("adam/adam_lr0.1_bs64_step5000_iters5000", seed) for seed in (0, 1, 2)))]  # fmt: skip
     other = mean(losses("adam/adam_lr0.1_bs64_step5000_betas0.9-0.999_iters5000"), 3000)
+    decayed = losses("adam/adam_lr0.1_bs64_step5000_betas0.9-0.999_wd0.0005_iters3000")
     said = [
         f"{count[len(gaps)].title()} of the 13 different settings have run to the end once",
         f"and end {span(gaps)} percentage points above", f"all our {count[len(gaps)]} complete",
@@ -1049,6 +1050,8 @@ def test_numbers_in_the_text():
         f"stays within {math.ceil(100 * max(calm))} % of the author's",
         f"between {min(adam):.2f} and {max(adam):.2f} from iteration 1,000 to 5,000",
         f"is {span(adams)} in four runs of three seeds with (0.7",
+        "{:.2f} over iterations 1,501 to 2,500, and the author {:.2f} there".format(
+            mean(decayed, 2500), mean(LOSS["0406172725"], 2500)),
         f"{other:.2f} in one with (0.9, 0.999)", f"author's {mean(LOSS['0406172725'], 3000):.2f}.",
     ]  # fmt: skip
     beyond, below = [], []  # how far the runs that were cut off late are from the report's
