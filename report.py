@@ -106,11 +106,11 @@ def read_log(path: Path, rows: list[Row]) -> tuple[tuple[Setting, int, str], Run
     lines = list(csv.DictReader(text.splitlines(), restval=""))
     if not lines:
         raise ValueError("incomplete: no line yet")
+    if len({(as_setting(line), line["seed"], arithmetic(line)) for line in lines}) > 1:
+        raise ValueError("more than one setting, seed or arithmetic in it")
     last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
         raise ValueError("incomplete: iteration {iteration} of {iters}, loss {loss}".format(**last))
-    if len({(as_setting(line), arithmetic(line)) for line in lines}) > 1:
-        raise ValueError("more than one setting or arithmetic in it")
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")

@@ -780,6 +780,10 @@ def test_rows_and_settings_are_the_reports():
     assert len(logged) == 13 and {(row.accuracy, *row.setting) for row in ROWS} == logged
     for name, value in report.FIXED.items():
         assert value == str(config("--optimizer", "adam")[name] or config()[name])
+    kinds = [report.arithmetic({"precision": precision, "device": device})
+             for precision in ("fp32", "tf32", "bf16")
+             for device in ("cpu", "cpu 2 threads", "mps", "NVIDIA H200")]  # fmt: skip
+    assert kinds == ["float32"] * 7 + ["TF32"] + ["bf16"] * 4
 
 
 def test_t_quantile_and_welch():
@@ -871,12 +875,20 @@ def test_logs(tmp_path):
         (head, "incomplete: no line yet"),
         (whole[:-1], "incomplete: iteration 16000 of 32000, loss 2.0"),  # the end is missing
         (whole.replace(",80.00,", ",,"), "incomplete: iteration 32000 of 32000, loss 1.0"),
-        (whole.replace("lr0", "x"), "damaged: KeyError('lr0')"),
-        *((head + half.replace(*change) + end, "more than one setting or arithmetic in it")
-          for change in (("cpu 2", "NVIDIA 2"), (",128,", ",64,"))),
+        (head + half.replace(",2.0,", ",nan,"),
+         "incomplete: iteration 16000 of 32000, loss nan"),
+        *((whole.replace(name, "x"), f"damaged: KeyError('{name}')")
+          for name in ("lr0", "seed", "precision", "torch", "iters")),
+        (whole + "sgd,0.3\n", "invalid literal for int() with base 10: ''"),
+        *((head + half.replace(*change) + end, "more than one setting, seed or arithmetic in it")
+          for change in ((",128,", ",64,"), (",1,c", ",2,c"), ("cpu 2", "NVIDIA 2"))),
         (whole.replace(",2.0,", ",two,"), "could not convert string to float: 'two'"),
-        (whole.replace(",0.2,", ",0.5,"), "other settings: gamma 0.5"),
+        *((whole.replace(old, new), f"other settings: {why}") for old, new, why in (
+            (",0.2,", ",0.5,", "gamma 0.5"), (",0.9,", ",0.8,", "momentum 0.8"),
+            (",0.0001,", ",0.0,", "wd 0.0"), (",cifar10,", ",synthetic,", "data synthetic"))),
+        (whole.replace("sgd,0.3", "sgd,0.2"), "not a row of the tables"),
         (whole.replace(",8000,", ",800,"), "not a row of the tables"),
+        (whole.replace(",8000,", ",4001,"), "not a row of the tables"),
         (whole, "same settings and seed as full.csv"),
     ]  # fmt: skip
     for name, content in (logs | {f"z{i:02}": log for i, (log, _) in enumerate(bad)}).items():
@@ -930,13 +942,16 @@ def test_figures():
         ours = {f"{last}, ours in float32": ("-", {1000: 2, 2000: 4}),
                 f"{last}, ours in bf16": ("-", {1000: 5})}  # fmt: skip
         assert curves(empty) == author and curves(full) == author | ours
+        assert full.get_yscale() == "log"
         paths = full.collections[len(rows)].get_paths()
         assert {(2000, 2), (2000, 6)} <= {tuple(xy) for path in paths for xy in path.vertices}
-        decay = ROWS[rows[0]].setting.step // 10
-        assert max(curves(tenth)[f"{first}, author"][1]) == decay
-        assert curves(tenth)[f"{first}, ours in float32"][1] == {
-            i: i for i in hundreds if i <= decay}  # fmt: skip
-        assert len(curves(tenth)) == len(rows) + 1
+        starts = {name: ("--", {i: x for i, x in loss.items() if i <= ROWS[row].setting.step // 10})
+                  for (name, (_, loss)), row in zip(author.items(), rows)}  # fmt: skip
+        ours = {i: i for i in hundreds if i <= ROWS[rows[0]].setting.step // 10}
+        assert curves(tenth) == starts | {f"{first}, ours in float32": ("-", ours)}
+        colors = dict(zip((name.removesuffix(", author") for name in author), report.COLOURS))
+        assert all(line.get_color() == colors[line.get_label().rpartition(", ")[0]]
+                   for ax in (empty, full, tenth) for line in ax.lines)  # fmt: skip
 
 
 def test_pages_and_figures(tmp_path):
@@ -1007,6 +1022,8 @@ def test_numbers_in_the_text():
     gaps = [ours - theirs for ours, theirs in finals.values()]
     count = "no one two three four five six seven eight nine ten eleven twelve thirteen".split()
     ten, eight = finals[ROWS[14].setting], finals[ROWS[13].setting]
+    table_7 = [finals[row.setting] for row in ROWS if row.table == "7"]
+    assert [max(table_7, key=lambda pair: pair[side]) for side in (0, 1)] == [ten, eight]
     b32, b64 = "sgd_lr0.3_bs32_step5000", "sgd_lr0.3_bs64_step5000"
     pair = [right(b64, 31000), right(f"h200/{b64}", 31000)]
     apart = float(pair[0]) - float(pair[1])
@@ -1099,8 +1116,9 @@ def test_numbers_in_the_text():
         "{} and {} times as fast in TF32, and in bf16 {} and {} times".format(*recorded),
         "took {:.2f} and {:.2f} times as long".format(*usual),
         "{} and {} times in TF32, {} and {} times in bf16, but".format(*compiled),
-        "see the data {}, {}, {}, {} times".format(
-            *(round(32000 / math.ceil(50000 / bs)) for bs in (32, 64, 128, 256))),
+        *(f"see the data {words}".format(
+            *(round(32000 / math.ceil(50000 / bs)) for bs in (32, 64, 128, 256)))
+          for words in ("{}, {}, {}, {} times", "{}, {}, {} and {} times")),
     ]  # fmt: skip
     assert not [words for words in said if words not in prose]
 
