@@ -985,142 +985,104 @@ def test_pages_and_figures(tmp_path):
 
 
 def test_numbers_in_the_text():
-    """The prose of the two pages says what the committed files hold."""
-    pages = (HERE / "README.md").read_text("utf-8") + (RESULTS / "README.md").read_text("utf-8")
-    prose = re.sub(r"<!-- (.*?) -->.*?<!-- /\1 -->", "", pages, flags=re.S)
-    prose = " ".join(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", prose).split())  # without links
-    logged = {line.get("test_acc") for path in RESULTS.rglob("*.csv") for line in read_log(path)}
-    accuracies = {*re.findall(r"\b\d\d\.\d\d(?= %)", prose)}
-    assert len(accuracies) > 20 and accuracies <= logged
+    """The decimal numbers in the prose of the two pages, in order, are those of committed files."""
+    logs = {str(path.relative_to(RESULTS)): read_log(path) for path in RESULTS.rglob("*seed?.csv")}
+    logs = {name.removesuffix(".csv").removesuffix("_seed0"): log for name, log in logs.items()}
+    logged = {name: {int(line["iteration"]): line for line in log} for name, log in logs.items()}
+    loss = {name: {i: float(line["loss"]) for i, line in log.items()}
+            for name, log in logged.items()} | LOSS  # fmt: skip
 
-    def log(name: str, seed: int = 0) -> list[dict]:
-        return read_log(RESULTS / f"{name}_seed{seed}.csv")
+    def mean(name: str, end: int) -> float:
+        """Of the losses of the last 1,000 iterations until there."""
+        return statistics.fmean(loss[name][i] for i in range(end - 900, end + 1, 100))
 
-    def losses(name: str, seed: int = 0) -> dict[int, float]:
-        return {int(line["iteration"]): float(line["loss"]) for line in log(name, seed)}
-
-    def mean(loss: dict[int, float], end: int, length: int = 1000) -> float:
-        """Of the last `length` iterations until there."""
-        return statistics.fmean(loss[i] for i in range(end - length + 100, end + 1, 100))
-
-    def right(name: str, iteration: int) -> str:
-        return {line["iteration"]: line["test_acc"] for line in log(name)}[str(iteration)]
-
-    def span(values) -> str:
-        return f"{min(values):.2f} to {max(values):.2f}"
+    def right(name: str, iteration: int) -> float:
+        return float(logged[name][iteration]["test_acc"])
 
     def hours(name: str, first: int = 0) -> float:
         """Of 32,000 iterations, by the lines from iteration `first` on."""
-        lines = [(int(line["iteration"]), float(line["seconds"])) for line in log(name)]
-        rates = [(seconds - earlier) / (end - start) for (start, earlier), (end, seconds)
-                 in itertools.pairwise(lines) if start >= first]  # fmt: skip
+        seconds = [(i, float(line["seconds"])) for i, line in logged[name].items() if i >= first]
+        rates = [(s - r) / (i - h) for (h, r), (i, s) in itertools.pairwise(seconds)]
         return statistics.median(rates) * 32000 / 3600
 
+    def span(values) -> tuple[float, float]:
+        return min(values), max(values)
+
+    b32, b64, slow = (f"sgd_lr{rest}_step5000" for rest in ("0.3_bs32", "0.3_bs64", "0.1_bs64"))
+    asgd, high, adagrad, adam = (f"{name}_bs64_step5000" for name in (
+        "asgd_lr0.1", "sgd_lr0.5", "adagrad_lr0.1", "adam_lr0.1"))  # fmt: skip
+    author = {asgd: "0406175340", high: "0406170207", adagrad: "0406182358", adam: "0406172725",
+              b64: "0406163217", slow: "0406160108"}  # fmt: skip
     runs, _ = report.collect(RESULTS, ROWS)
     finals = {row.setting: (ours[0], row.accuracy) for row in ROWS for kind in ("float32", "TF32")
               if (ours := report.finals(runs, row, kind))}  # fmt: skip
     gaps = [ours - theirs for ours, theirs in finals.values()]
-    count = "no one two three four five six seven eight nine ten eleven twelve thirteen".split()
-    ten, eight = finals[ROWS[14].setting], finals[ROWS[13].setting]
-    table_7 = [finals[row.setting] for row in ROWS if row.table == "7"]
-    assert [max(table_7, key=lambda pair: pair[side]) for side in (0, 1)] == [ten, eight]
-    b32, b64 = "sgd_lr0.3_bs32_step5000", "sgd_lr0.3_bs64_step5000"
-    pair = [right(b64, 31000), right(f"h200/{b64}", 31000)]
-    apart = float(pair[0]) - float(pair[1])
-    around = [
-        mean(loss, 31000) for loss in (losses(b64), losses(f"h200/{b64}"), LOSS["0406163217"])
-    ]
-    wide = [right(f"h200/{b32}", 20000), right(b32, 20000)]
-    same = [mean(LOSS[run], 4000) for run in SEVEN]
-    tf32 = [losses(f"sgd_lr0.3_bs128_step{n}000") for n in (4, 5, 8, 10)]
-    fp32 = [losses("sgd_lr0.3_bs128_step8000_fp32", seed) for seed in (0, 1)]
-    first = [[mean(loss, 1500, 1500) for loss in group]
-             for group in (fp32, [LOSS[run] for run in SEVEN], tf32)]  # fmt: skip
-    ends = [mean(LOSS[run], 32000) for run in
-            ("0406223010", "0407222653", "0406214550", "0406193350")]  # fmt: skip
-    calm = [abs(mean(loss, end) / mean(LOSS[run], end) - 1)
-            for name, run in (("asgd", "0406175340"), ("sgd", "0406160108"))
-            for loss in [losses(f"{name}_lr0.1_bs64_step5000")]
-            for end in range(1000, max(loss) + 1, 1000)]  # fmt: skip
-    adam = [loss for i, loss in LOSS["0406172725"].items() if 1000 <= i <= 5000]
-    adams = [mean(losses(name, seed), 3000) for name, seed in (
-        ("adam_lr0.1_bs64_step5000", 0),
-        *(("adam/adam_lr0.1_bs64_step5000_iters5000", seed) for seed in (0, 1, 2)))]  # fmt: skip
-    other = mean(losses("adam/adam_lr0.1_bs64_step5000_betas0.9-0.999_iters5000"), 3000)
-    decayed = losses("adam/adam_lr0.1_bs64_step5000_betas0.9-0.999_wd0.0005_iters3000")
-    said = [
-        f"{count[len(gaps)].title()} of the 13 different settings have run to the end once",
-        f"and end {span(gaps)} percentage points above", f"all our {count[len(gaps)]} complete",
-        *(f"the report's 8,000, each by {x:.2f}." for x in (ten[0] - eight[0], eight[1] - ten[1])),
-        f"one setting and seed were {apart:.2f} points apart",
-        "have {} % and {} % of the test images right, ".format(*pair) + f"{apart:.2f} points",
-        f"would mean {apart / math.sqrt(2):.2f}, but",
-        "{:.3f} and {:.3f}, on either side of the author's {:.3f}.".format(*around),
-        "{} % (cut off soon after), float32 {} %: ".format(*wide)
-        + f"{float(wide[0]) - float(wide[1]):.2f} points, more",
-        f"iterations 3,001 to 4,000 is {span(same)}.",
-        f"{span([mean(loss, 4000) for loss in tf32])} over iterations 3,001 to 4,000, all below",
-        "these have {:.2f} and {:.2f}, the".format(*first[0]),
-        f"seven {span(first[1])}, and our four in TF32 {span(first[2])}.",
-        "{:.4f} and {:.4f}, on either side of the {:.4f} of step 8,000".format(*ends),
-        f"batch 256 ends at {ends[3]:.4f} too",
-        f"stays within {math.ceil(100 * max(calm))} % of the author's",
-        f"between {min(adam):.2f} and {max(adam):.2f} from iteration 1,000 to 5,000",
-        f"is {span(adams)} in four runs of three seeds with (0.7",
-        "{:.2f} over iterations 1,501 to 2,500, and the author {:.2f} there".format(
-            mean(decayed, 2500), mean(LOSS["0406172725"], 2500)),
-        f"{other:.2f} in one with (0.9, 0.999)", f"author's {mean(LOSS['0406172725'], 3000):.2f}.",
-    ]  # fmt: skip
-    beyond, below = [], []  # how far the runs that were cut off late are from the report's
-    for name, title, run in (("asgd_lr0.1", "ASGD", "0406175340"),
-                             ("sgd_lr0.5", "SGD at learning rate 0.5", "0406170207"),
-                             ("adagrad_lr0.1", "Adagrad", "0406182358"),
-                             ("adam_lr0.1", "Adam", "0406172725")):  # fmt: skip
-        name = f"{name}_bs64_step5000"
-        tests, loss = [line for line in log(name) if line["test_acc"]], losses(name)
-        last, final, end = tests[-1]["test_acc"], AUTHOR[run]["test_acc"], max(loss) // 1000 * 1000
-        said.append(f"{title} {last} % ({int(tests[-1]['iteration']):,}; {final} %)")
-        beyond.append(abs(float(last) - float(final)))
-        below.append(mean(loss, end) / mean(LOSS[run], end))
-    second = float(AUTHOR["0406163217"]["test_acc"]) - float(pair[1])
-    said += [
-        f"a second one of batch 64 at learning rate 0.3 was {second:.2f} points below the report",
-        "ASGD {:.2f} below, SGD at learning rate 0.5 and Adagrad {:.2f} and {:.2f} above, and Adam "
-        "{:.2f} above".format(*beyond),
-        "to {2:.2f}, {1:.2f} and {3:.2f} times the author's".format(*below),
-    ]  # fmt: skip
-
-    bench = {(name, line["bs"], line["code"]): float(line["ms"]) for name in
+    pair = [b64, f"h200/{b64}"]
+    first, second = (right(name, 31000) for name in pair)
+    cut_off = []  # the last test accuracy and the report's
+    for name in (asgd, high, adagrad, adam):
+        last = [line["test_acc"] for line in logs[name] if line["test_acc"]][-1]
+        cut_off.append((float(last), float(AUTHOR[author[name]]["test_acc"])))
+    of_authors = {name: [mean(name, end) / mean(author[name], end)
+                         for end in range(1000, max(loss[name]) + 1, 1000)]
+                  for name in (asgd, slow, high, adagrad, adam)}  # fmt: skip
+    bench = {(name, int(line["bs"]), line["code"]): float(line["ms"]) for name in
              ("cpu", "h200", "h200_bf16") for line in read_log(RESULTS / "bench" / f"{name}.csv")
             }  # fmt: skip
-    both = [(name, bs) for name in ("h200", "h200_bf16") for bs in ("64", "128")]
-    recorded, compiled = ([f"{bench[*key, 'usual loop'] / bench[*key, f'this code, {way}']:.1f}"
-                           for key in both] for way in ("recorded", "compiled"))  # fmt: skip
-    usual = [bench["h200_bf16", bs, "usual loop"] / bench["h200", bs, "usual loop"]
-             for bs in ("64", "128")]  # fmt: skip
-    minutes = [bench[*key, "this code, recorded"] * 32 / 60 for key in both]
-    cpu = [f"{ms / bench[name, bs, 'this code']:.2f}" for (name, bs, code), ms in bench.items()
-           if (name, code) == ("cpu", "usual loop")]  # fmt: skip
-    cost = [hours(b32), bench["cpu", "64", "this code"] * 32 / 3600,
-            *(hours(f"sgd_lr0.3_bs{rest}_iters3200") for rest in ("128_step400", "256_step500"))
-           ]  # fmt: skip
-    said += [
-        "TF32 | {:.1f} min | {:.1f} min | {:.1f} min |".format(
-            60 * hours(f"h200/{b32}"), *minutes[:2]),
-        "bf16` | | {:.1f} min | {:.1f} min |".format(*minutes[2:]),
-        "float32, two threads | {:.1f} h | {:.1f} h | {:.1f} h | {:.1f} h |".format(*cost),
-        f"bf16`, two threads | {hours(f'{b32}_bf16', first=24100):.1f} h |",
-        f"about {round(sum(map(math.prod, zip((1, 6, 4, 1), cost))), -1):.0f} hours on this",
-        "TF32 is {1} (batch 128) to {0} times (64) as fast".format(*recorded),
-        f"Ours is {min(cpu)} to {max(cpu)} times as fast",
-        "{} and {} times as fast in TF32, and in bf16 {} and {} times".format(*recorded),
-        "took {:.2f} and {:.2f} times as long".format(*usual),
-        "{} and {} times in TF32, {} and {} times in bf16, but".format(*compiled),
-        *(f"see the data {words}".format(
-            *(round(32000 / math.ceil(50000 / bs)) for bs in (32, 64, 128, 256)))
-          for words in ("{}, {}, {}, {} times", "{}, {}, {} and {} times")),
-    ]  # fmt: skip
-    assert not [words for words in said if words not in prose]
+    ratio = {key: bench[*key[:2], "usual loop"] / ms for key, ms in bench.items()}
+    gpu = [(name, bs) for name in ("h200", "h200_bf16") for bs in (64, 128)]
+    recorded, compiled = ([ratio[*key, f"this code, {how}"] for key in gpu]
+                          for how in ("recorded", "compiled"))  # fmt: skip
+    minutes = [bench[*key, "this code, recorded"] * 32 / 60 for key in gpu]
+    cpu = [hours(b32), bench["cpu", 64, "this code"] * 32 / 3600,
+           *(hours(f"sgd_lr0.3_{rest}_iters3200") for rest in ("bs128_step400", "bs256_step500"))
+          ]  # fmt: skip
+    expected = {
+        "Does it reproduce?": [
+            *span(gaps), float(AUTHOR[author[b64]]["test_acc"]) - second,
+            *(abs(last - theirs) for last, theirs in cut_off), first - second,
+            finals[ROWS[14].setting][0] - finals[ROWS[13].setting][0]],
+        "Use it": [60 * hours(f"h200/{b32}"), *minutes, *cpu, hours(f"{b32}_bf16", first=24100),
+                   *recorded[1::-1]],
+        "What the report does not say": [
+            *span([x for i, x in loss[author[adam]].items() if 1000 <= i <= 5000]),
+            *span([mean(adam, 3000), *(mean(f"adam/{adam}_iters5000{seed}", 3000)
+                                       for seed in ("", "_seed1", "_seed2"))]),
+            mean(f"adam/{adam}_betas0.9-0.999_iters5000", 3000), mean(author[adam], 3000),
+            mean(f"adam/{adam}_betas0.9-0.999_wd0.0005_iters3000", 2500),
+            mean(author[adam], 2500), 0.75, 93.18, 91.80, 91.89],
+        "Summary": [92.65],
+        "Is bf16 safe?": [
+            right(f"{b32}_bf16", 32000), right(b32, 32000), right(f"{slow}_bf16", 8000),
+            right(f"cpu/{slow}", 8000), right(slow, 8000), right(f"h200/{b32}", 20000),
+            right(b32, 20000), right(f"h200/{b32}", 20000) - right(b32, 20000)],
+        "Start of training": [
+            right("sgd_lr0.1_bs64_step500_iters3200", i) for i in (2000, 3200)],
+        "Noise": [
+            *span([mean(run, 4000) for run in SEVEN]), *(mean(run, 32000) for run in (
+                "0406223010", "0407222653", "0406214550", "0406193350")), 90.40, 92.65,
+            first, second, first - second, *(mean(name, 31000) for name in (*pair, author[b64])),
+            *span(of_authors[asgd] + of_authors[slow]),
+            *(of_authors[name][-1] for name in (high, adagrad, adam)),
+            *span([mean(f"sgd_lr0.3_bs128_step{n}000", 4000) for n in (4, 5, 8, 10)])],
+        "Logs left out": itertools.chain(*cut_off),
+        "Speed": [*span([ratio["cpu", bs, "this code"] for bs in (32, 64, 128, 256)]),
+                  *recorded, *compiled],
+    }  # fmt: skip
+    settings = "0.003 0.1 0.2 0.3 0.5 0.7 0.9 0.999 2.303 2.6 3.10 3.6 4.884 4.887".split()
+    text = (HERE / "README.md").read_text("utf-8") + (RESULTS / "README.md").read_text("utf-8")
+    text = re.sub(r"<!-- (.*?) -->.*?<!-- /\1 -->|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
+    for section in text.split("\n## ")[1:]:
+        title, _, prose = section.partition("\n")
+        said = [x for x in re.findall(r"\b\d+\.\d+\b", prose) if x not in settings]
+        values = zip(expected.pop(title, []), [len(x.partition(".")[2]) for x in said])
+        assert said == [f"{value:.{digits}f}" for value, digits in values], title
+    assert not expected
+    count = "no one two three four five six seven eight nine ten eleven twelve thirteen".split()
+    assert f"{count[len(gaps)].title()} of the 13 different settings have run to the end" in text
+    assert f"about {round(sum(map(math.prod, zip((1, 6, 4, 1), cpu))), -1):.0f} hours" in text
+    passes = [round(32000 / math.ceil(50000 / bs)) for bs in (32, 64, 128, 256)]
+    assert "see the data {}, {}, {}, {} times".format(*passes) in text
 
 
 # ---- bench.py, and CUDA --------------------------------------------------------------------------
