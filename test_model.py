@@ -641,8 +641,10 @@ def test_second_process_on_one_configuration_stops(tmp_path):
     first.kill()
 
 
-@pytest.mark.parametrize("command", ["data.py --data synthetic", f"report.py --logs {RESULTS}"])
-def test_tools_end_quietly_when_nobody_reads(command, tmp_path):
+@pytest.mark.parametrize("command", [
+    "train.py --data synthetic --device cpu", "data.py --data synthetic",
+    f"report.py --logs {RESULTS}"])  # fmt: skip
+def test_ends_quietly_when_nobody_reads(command, tmp_path):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, *f"{HERE}/{command}".split()]
@@ -911,47 +913,51 @@ def test_logs(tmp_path):
     assert "| [tenth](tenth.csv) | 1/10 | 1 | float32 |  | cpu 2 threads, PyTorch 2.15 |" in page
 
 
+def curves(ax) -> dict[str, tuple]:
+    """A panel's curves by label: style, colour, {iteration: loss}. Its legend names these only."""
+    labels = [line.get_label() for line in ax.lines]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == labels
+    return {line.get_label(): (line.get_linestyle(), line.get_color(), dict(zip(*line.get_data())))
+            for line in ax.lines}  # fmt: skip
+
+
 def test_figures():
     pytest.importorskip("matplotlib")
-
-    def curves(ax) -> dict[str, tuple]:
-        """A panel's curves: style, {iteration: loss}, by label. Its legend names these only."""
-        labels = [line.get_label() for line in ax.lines]
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == labels
-        lines = [(line.get_linestyle(), dict(zip(*line.get_data()))) for line in ax.lines]
-        return dict(zip(labels, lines, strict=True))
-
     run_of = {float(line["test_acc"]): run for run, line in AUTHOR.items()}
+    for number, what, rows in ((4, "optimizer", (0, 1, 2, 3)), (5, "lr", (4, 5, 6)),
+                               (6, "bs", (7, 8, 9, 10)), (7, "step", (11, 12, 13, 14)),
+                               (8, "step", (13, 15))):  # fmt: skip
+        names = [f"{what} {getattr(ROWS[row].setting, what)}" for row in rows]
+        if number == 8:
+            names = ["step 8000, iters 32000", "step 10000, iters 64000"]
+        (ax,) = report.draw_figure(number, ROWS, {}).axes
+        assert ax.get_title(loc="left") == "no full-length run yet"
+        assert curves(ax) == {
+            f"{name}, author": ("--", color, LOSS[run_of[ROWS[row].accuracy]])
+            for name, color, row in zip(names, report.COLOURS, rows)}  # fmt: skip
     hundreds = {i: i for i in range(100, 3201, 100)}
-    for number, what in {4: "optimizer", 5: "lr", 6: "bs", 7: "step", 8: "iters"}.items():
-        rows = [i for i, row in enumerate(ROWS) if row.table == str(number)] or [13, 15]
-        author = {f"{what} {getattr(ROWS[row].setting, what)}, author":
-                  ("--", LOSS[run_of[ROWS[row].accuracy]]) for row in rows}  # fmt: skip
-        if number == 8:  # two settings differ, as 64,000 iterations have another decay step
-            author = {f"step {n}, {name}": author[name] for n, name in zip((8000, 10000), author)}
-        (empty,) = report.draw_figure(number, ROWS, {}).axes
-        full, tenth = report.draw_figure(number, ROWS, made_up(
-            (rows[-1], 1, "float32", [{1000: 1, 2000: 2}, {1000: 3, 2000: 6}]),
-            (rows[-1], 1, "bf16", [{1000: 5}]), (rows[-1], 1, "TF32", [80]),  # without losses
-            (rows[0], 10, "float32", [hundreds]), (rows[-1], 10, "float32", [{3200: 1}]),
-            (rows[0], 100, "float32", [hundreds]),  # its first decay comes too early
-        )).axes  # fmt: skip
-        titles = "no full-length run yet", "full length", "ours at 1/10, until their first decay"
-        assert tuple(ax.get_title(loc="left") for ax in (empty, full, tenth)) == titles
-        first, *_, last = (name.removesuffix(", author") for name in author)
-        ours = {f"{last}, ours in float32": ("-", {1000: 2, 2000: 4}),
-                f"{last}, ours in bf16": ("-", {1000: 5})}  # fmt: skip
-        assert curves(empty) == author and curves(full) == author | ours
-        assert full.get_yscale() == "log"
-        paths = full.collections[len(rows)].get_paths()
-        assert {(2000, 2), (2000, 6)} <= {tuple(xy) for path in paths for xy in path.vertices}
-        starts = {name: ("--", {i: x for i, x in loss.items() if i <= ROWS[row].setting.step // 10})
-                  for (name, (_, loss)), row in zip(author.items(), rows)}  # fmt: skip
-        ours = {i: i for i in hundreds if i <= ROWS[rows[0]].setting.step // 10}
-        assert curves(tenth) == starts | {f"{first}, ours in float32": ("-", ours)}
-        colors = dict(zip((name.removesuffix(", author") for name in author), report.COLOURS))
-        assert all(line.get_color() == colors[line.get_label().rpartition(", ")[0]]
-                   for ax in (empty, full, tenth) for line in ax.lines)  # fmt: skip
+    empty, runs = (
+        report.draw_figure(5, ROWS, {}).axes,
+        made_up(
+            (6, 1, "float32", [{1000: 1, 2000: 2}, {1000: 3, 2000: 6}]),
+            (6, 1, "bf16", [{1000: 5}]),
+            (6, 1, "TF32", [80]),
+            (4, 10, "float32", [hundreds]),  # one without losses
+            (4, 100, "float32", [hundreds]),
+        ),
+    )  # its first decay comes too early
+    full, tenth = report.draw_figure(5, ROWS, runs).axes
+    assert full.get_title(loc="left") == "full length" and full.get_yscale() == "log"
+    assert curves(full) == curves(*empty) | {
+        "lr 0.5, ours in float32": ("-", report.COLOURS[2], {1000: 2, 2000: 4}),
+        "lr 0.5, ours in bf16": ("-", report.COLOURS[2], {1000: 5})}  # fmt: skip
+    band = full.collections[3].get_paths()[0].vertices  # the first after the author's three
+    assert {(2000, 2), (2000, 6)} <= {*map(tuple, band)}
+    assert tenth.get_title(loc="left") == "ours at 1/10, until their first decay"
+    until = {name: (style, color, {i: x for i, x in loss.items() if i <= 500})
+             for name, (style, color, loss) in curves(*empty).items()}  # fmt: skip
+    ours = "-", report.COLOURS[0], {i: i for i in hundreds if i <= 500}
+    assert curves(tenth) == until | {"lr 0.1, ours in float32": ours}
 
 
 def test_pages_and_figures(tmp_path):

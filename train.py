@@ -332,7 +332,6 @@ def train(args: argparse.Namespace) -> None:
         loss = loss_sum.item() / (end - run.iteration)  # waits for the device
         run.seconds += time.perf_counter() - began
         run.iteration = end
-
         finite = math.isfinite(loss)
         due = finite and (end == iters or end % args.eval_every == 0)
         accuracy = f"{evaluate(model, test_split, args.precision).mean():.2f}" if due else ""
@@ -369,6 +368,7 @@ def test(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it like any kill, no traceback
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # so does `| head`
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # shown at once, always
     try:
         test(args) if args.eval else train(args)
