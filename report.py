@@ -203,28 +203,28 @@ def finals(runs: Runs, row: Row, kind: str) -> list[float]:
 def summary(rows: list[Row], runs: Runs) -> str:
     """Two sentences for each arithmetic, and a table of all rows: the report's accuracy, ours, and
     the difference."""
-    cells, gaps = [["Table", *Setting._fields, "Report, %"]], {kind: {} for kind in ARITHMETIC}
+    header = ["Table", *Setting._fields, "Report, %"]
+    lines = [[row.table, *map(str, row.setting), f"{row.accuracy:.2f}"] for row in rows]
+    text = ""
     for kind in ARITHMETIC:
-        cells[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
-    for row in rows:
-        cells.append([row.table, *map(str, row.setting), f"{row.accuracy:.2f}"])
-        for kind in ARITHMETIC:
+        header += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
+        gaps = {}
+        for row, cells in zip(rows, lines):
             ours, difference, interval = finals(runs, row, kind), "", ""
             if ours:
                 gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
-                gaps[kind][row.setting] = gap, f"{several(ours)} % against {row.accuracy:.2f} %"
+                gaps[row.setting] = gap, f"{several(ours)} % against {row.accuracy:.2f} %"
             if len(ours) >= 3:
                 half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
                 interval = f"± {half:.2f}, report {'inside' if abs(gap) <= half else 'outside'}"
-            cells[-1] += [several(ours), difference, interval]
-    text = ""
-    for kind in filter(gaps.get, ARITHMETIC):
-        gap, values = max(gaps[kind].values(), key=lambda pair: abs(pair[0]))
-        text += f"In {kind}, {len(gaps[kind])} of {len({row.setting for row in rows})} settings "
-        text += "ran at full length. The largest difference from the report's accuracy is "
-        text += f"{gap:+.2f} percentage points: {values}.\n"
-    return (text or "No full-length run yet.\n") + "\n" + markdown(cells)
+            cells += [several(ours), difference, interval]
+        if gaps:
+            gap, values = max(gaps.values(), key=lambda pair: abs(pair[0]))
+            text += f"In {kind}, {len(gaps)} of {len({row.setting for row in rows})} settings ran "
+            text += "at full length. The largest difference from the report's accuracy is "
+            text += f"{gap:+.2f} percentage points: {values}.\n"
+    return (text or "No full-length run yet.\n") + "\n" + markdown([header, *lines])
 
 
 def verdicts(rows: list[Row], runs: Runs) -> str:
