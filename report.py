@@ -43,17 +43,16 @@ class Row(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A complete training of ours, with its final accuracy in percent."""
+    """A complete training of ours, at 1/n of the iterations and of the decay step of a row."""
 
-    file: str
+    setting: Setting  # the row's
+    n: int
+    kind: str  # of arithmetic
     seed: str
-    accuracy: float
+    accuracy: float  # final, in percent
     loss: dict[int, float]  # {iteration: mean of the hundred iterations that end there}
+    file: str
     machine: str  # processor and PyTorch's version
-
-
-# By setting at full length, n for runs with 1/n of its iterations and decay step, and arithmetic.
-Runs = dict[tuple[Setting, int, str], list[Run]]
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -99,8 +98,8 @@ def full_setting(own: Setting, rows: list[Row]) -> tuple[Setting, int]:
     raise ValueError("not a row of the tables")
 
 
-def read_log(path: Path, rows: list[Row]) -> tuple[tuple[Setting, int, str], Run]:
-    """A log's run and its place in Runs. Raises ValueError or LookupError if it does not count."""
+def read_log(path: Path, rows: list[Row]) -> Run:
+    """A log's run. Raises ValueError or LookupError if it does not count."""
     text = path.read_text(encoding="utf-8")
     text = text[: text.rfind("\n") + 1]  # a last line without its end is still being written
     lines = list(csv.DictReader(text.splitlines(), restval=""))
@@ -120,27 +119,32 @@ def read_log(path: Path, rows: list[Row]) -> tuple[tuple[Setting, int, str], Run
         sums[at] = sums[start] + float(line["loss"]) * (at - start)
     loss = {i: (sums[i] - sums[i - 100]) / 100 for i in sums if i - 100 in sums and i % 100 == 0}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
-    place = (*full_setting(as_setting(last), rows), arithmetic(last))
-    return place, Run(path.name, last["seed"], float(last["test_acc"]), loss, machine)
+    setting, n = full_setting(as_setting(last), rows)
+    accuracy = float(last["test_acc"])
+    return Run(setting, n, arithmetic(last), last["seed"], accuracy, loss, path.name, machine)
 
 
-def collect(folder: Path, rows: list[Row]) -> tuple[Runs, list[str]]:
+def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
     """The runs of a folder's logs, the longest first, and a line on each log left out."""
-    runs, left_out = {}, []
+    runs, left_out = [], []
     for path in sorted(folder.iterdir()):
         if path.suffix != ".csv" or path.name == "author.csv":
             continue
         try:
-            place, run = read_log(path, rows)
-            seeds = runs.setdefault(place, {})
-            if seeds.setdefault(run.seed, run) is not run:
-                raise ValueError(f"same settings and seed as {seeds[run.seed].file}")
+            run = read_log(path, rows)
+            for twin in select(runs, run.setting, run.n, run.kind):
+                if twin.seed == run.seed:
+                    raise ValueError(f"same settings and seed as {twin.file}")
+            runs.append(run)
         except (OSError, ValueError, ArithmeticError, csv.Error) as error:
             left_out.append(f"- `{path.name}`: {error}")
         except LookupError as error:
             left_out.append(f"- `{path.name}`: damaged: {error!r}")
-    longest_first = sorted(runs, key=lambda place: place[1])
-    return {place: [*runs[place].values()] for place in longest_first}, left_out
+    return sorted(runs, key=lambda run: run.n), left_out
+
+
+def select(runs: list[Run], setting: Setting, n: int, kind: str) -> list[Run]:
+    return [run for run in runs if (run.setting, run.n, run.kind) == (setting, n, kind)]
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -195,12 +199,12 @@ def length(n: int) -> str:
     return "full" if n == 1 else f"1/{n}"
 
 
-def finals(runs: Runs, row: Row, kind: str) -> list[float]:
+def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
-    return [run.accuracy for run in runs.get((row.setting, 1, kind), [])]
+    return [run.accuracy for run in select(runs, row.setting, 1, kind)]
 
 
-def summary(rows: list[Row], runs: Runs) -> str:
+def summary(rows: list[Row], runs: list[Run]) -> str:
     """Two sentences for each arithmetic, and a table of all rows: the report's accuracy, ours, and
     the difference."""
     header = ["Table", *Setting._fields, "Report, %"]
@@ -227,7 +231,7 @@ def summary(rows: list[Row], runs: Runs) -> str:
     return (text or "No full-length run yet.\n") + "\n" + markdown([header, *lines])
 
 
-def verdicts(rows: list[Row], runs: Runs) -> str:
+def verdicts(rows: list[Row], runs: list[Run]) -> str:
     """A table of what the report concludes, and what our full-length runs say of it."""
     claims = [(best(rows, row.table), row) for row in rows if row != best(rows, row.table)]
     claims += [(row, rows[0]) for row in rows[1:3]]  # Adam is the lowest of Table 4
@@ -251,14 +255,14 @@ def verdicts(rows: list[Row], runs: Runs) -> str:
     return markdown(cells)
 
 
-def starts(runs: Runs) -> str:
+def starts(runs: list[Run]) -> str:
     """A table of the loss just before the first decay, for each setting and length of our runs."""
     author = read_author()
     cells = [[*Setting._fields, "Length", "Iteration", "Author's loss", "Author's equal runs"]]
     cells[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
-    for setting, n in dict.fromkeys(place[:2] for place in runs):
+    for setting, n in dict.fromkeys((run.setting, run.n) for run in runs):
         end = setting.step // n // 100 * 100
-        ours = [several([run.loss[end] for run in runs.get((setting, n, kind), [])
+        ours = [several([run.loss[end] for run in select(runs, setting, n, kind)
                          if end in run.loss], 3) for kind in ARITHMETIC]  # fmt: skip
         if not any(ours):
             continue
@@ -271,19 +275,18 @@ def starts(runs: Runs) -> str:
     return markdown(cells)
 
 
-def all_runs(runs: Runs) -> str:
+def all_runs(runs: list[Run]) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
     cells = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
-    for (_, n, kind), group in runs.items():
-        for run in group:
-            link = f"[{run.file.removesuffix('.csv')}]({run.file})"
-            final = f"{run.accuracy:.2f}" if n == 1 else ""
-            cells.append([link, length(n), run.seed, kind, final, run.machine])
+    for run in runs:
+        link = f"[{run.file.removesuffix('.csv')}]({run.file})"
+        final = f"{run.accuracy:.2f}" if run.n == 1 else ""
+        cells.append([link, length(run.n), run.seed, run.kind, final, run.machine])
     return markdown(cells)
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def draw_panel(ax, n: int, settings: list[Setting], runs: Runs) -> None:
+def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
     """Draw the author's losses of some settings dashed, and those of our runs at 1/n as a mean
     with a band from the lowest to the highest; where n > 1 until our first decay."""
     author = read_author()
@@ -291,7 +294,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: Runs) -> None:
         end = setting.iters if n == 1 else setting.step // n
         curves = [("author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
         for kind, width in ARITHMETIC.items():
-            ours = [run.loss for run in runs.get((setting, n, kind), []) if run.loss]
+            ours = [run.loss for run in select(runs, setting, n, kind) if run.loss]
             curves += [(f"ours in {kind}", "-", width, ours)] if ours else []
         for whose, style, width, losses in curves:
             x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
@@ -312,7 +315,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: Runs) -> None:
         ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
 
 
-def draw_figure(number: int, rows: list[Row], runs: Runs):
+def draw_figure(number: int, rows: list[Row], runs: list[Run]):
     """The report's Figure 4, 5, 6 or 7, the losses of that table's rows, or 8, those of Table 8's
     run and of the extended one, as a matplotlib Figure."""
     from matplotlib.figure import Figure
@@ -320,8 +323,8 @@ def draw_figure(number: int, rows: list[Row], runs: Runs):
     settings = [row.setting for row in rows if row.table == str(number)]
     if number == 8:
         settings = [best(rows, "7").setting, rows[-1].setting]
-    lengths = {n for setting, n, _ in runs if setting in settings and setting.step // n >= 100}
-    lengths = sorted({1} | lengths)
+    ours = [run for run in runs if run.setting in settings]
+    lengths = sorted({1} | {run.n for run in ours if run.setting.step // run.n >= 100})
     figure = Figure(figsize=(10, 0.5 + 3.5 * len(lengths)), dpi=150, layout="constrained")
     for ax, n in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths):
         draw_panel(ax, n, settings, runs)
