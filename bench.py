@@ -179,8 +179,7 @@ def measure(args: argparse.Namespace, split: data.Split, device: torch.device, w
 
 def main() -> None:
     args = parse_args()
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # `| head` may end it
     sys.stdout.reconfigure(encoding="utf-8")  # for the ±
     header = "device torch precision bs workers rounds steps code "
     header += "ms spread images_per_s tflops ratio"

@@ -182,8 +182,7 @@ def main() -> None:
     add("--data", type=path, default="./data", help="folder of CIFAR-10, or `synthetic`")
     add("--out", type=path, default="figure1.png", help="the picture to write")
     args = parser.parse_args()
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # `| head` may end it
     try:
         train, _ = load(args.data, torch.device("cpu"))
         columns = [(train.labels == label).nonzero()[:4, 0] for label in range(10)]

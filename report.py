@@ -56,30 +56,26 @@ class Run(NamedTuple):
 
 
 # ---- reading -------------------------------------------------------------------------------------
-def as_setting(values: dict[str, str]) -> Setting:
-    numbers = (int(values[name]) for name in ("bs", "step", "iters"))
-    return Setting(values["optimizer"], float(values["lr0"]), *numbers)
+def as_setting(line: dict[str, str]) -> Setting:
+    numbers = (int(line[name]) for name in ("bs", "step", "iters"))
+    return Setting(line["optimizer"], float(line["lr0"]), *numbers)
 
 
 def read_rows() -> list[Row]:
     """The rows of the report's tables, from run_all.sh."""
     script = (HERE / "run_all.sh").read_text(encoding="utf-8")
-    header, *lines = script.split("rows='\n")[1].split("\n'")[0].splitlines()
-    rows = []
-    for line in lines:
-        values = dict(zip(header.strip("# ").split(), line.split()))
-        rows.append(Row(values["table"], float(values["accuracy"]), as_setting(values)))
-    return rows
+    table = script.split("rows='\n# ")[1].split("\n'")[0]
+    lines = csv.DictReader(table.splitlines(), delimiter=" ", skipinitialspace=True)
+    return [Row(line["table"], float(line["accuracy"]), as_setting(line)) for line in lines]
 
 
 def read_author() -> dict[tuple[Setting, str], dict[int, float]]:
-    """The author's 15 published logs, by setting and decay rate: {iteration: mean loss of the
-    hundred iterations that end there}."""
+    """The losses in the author's 15 published logs as a Run has them, by setting and decay rate."""
     author = {}
-    with open(HERE / "results" / "author.csv", newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            loss = author.setdefault((as_setting(line), line["gamma"]), {})
-            loss[int(line["iteration"])] = float(line["loss"])
+    text = (HERE / "results" / "author.csv").read_text(encoding="utf-8")
+    for line in csv.DictReader(text.splitlines()):
+        loss = author.setdefault((as_setting(line), line["gamma"]), {})
+        loss[int(line["iteration"])] = float(line["loss"])
     return author
 
 
@@ -89,15 +85,6 @@ def arithmetic(line: dict[str, str]) -> str:
     return {"fp32": "float32", "tf32": tf32, "bf16": "bf16"}[line["precision"]]
 
 
-def full_setting(own: Setting, rows: list[Row]) -> tuple[Setting, int]:
-    """The setting of which `own` has 1/n of the iterations and of the decay step, and n."""
-    for row in rows:  # the extended run last, as half of it is a row of Table 7
-        n = row.setting.iters // own.iters
-        if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
-            return row.setting, n
-    raise ValueError("not a row of the tables")
-
-
 def read_log(path: Path, rows: list[Row]) -> Run:
     """A log's run. Raises ValueError or LookupError if it does not count."""
     text = path.read_text(encoding="utf-8")
@@ -105,7 +92,8 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     lines = list(csv.DictReader(text.splitlines(), restval=""))
     if not lines:
         raise ValueError("incomplete: no line yet")
-    if len({(as_setting(line), line["seed"], arithmetic(line)) for line in lines}) > 1:
+    trained = {(as_setting(line), line["seed"], arithmetic(line)) for line in lines}
+    if len(trained) > 1:
         raise ValueError("more than one setting, seed or arithmetic in it")
     last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
@@ -119,22 +107,25 @@ def read_log(path: Path, rows: list[Row]) -> Run:
         sums[at] = sums[start] + float(line["loss"]) * (at - start)
     loss = {i: (sums[i] - sums[i - 100]) / 100 for i in sums if i - 100 in sums and i % 100 == 0}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
-    setting, n = full_setting(as_setting(last), rows)
-    accuracy = float(last["test_acc"])
-    return Run(setting, n, arithmetic(last), last["seed"], accuracy, loss, path.name, machine)
+    own, seed, kind = trained.pop()
+    for row in rows:  # the extended run last, as half of it is a row of Table 7
+        n = row.setting.iters // own.iters
+        if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
+            accuracy = float(last["test_acc"])
+            return Run(row.setting, n, kind, seed, accuracy, loss, path.name, machine)
+    raise ValueError("not a row of the tables")
 
 
 def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
     """The runs of a folder's logs, the longest first, and a line on each log left out."""
     runs, left_out = [], []
-    for path in sorted(folder.iterdir()):
-        if path.suffix != ".csv" or path.name == "author.csv":
-            continue
+    logs = [path for path in folder.iterdir() if path.suffix == ".csv" and path.stem != "author"]
+    for path in sorted(logs):
         try:
             run = read_log(path, rows)
-            for twin in select(runs, run.setting, run.n, run.kind):
-                if twin.seed == run.seed:
-                    raise ValueError(f"same settings and seed as {twin.file}")
+            for other in runs:
+                if other[:4] == run[:4]:  # setting, n, kind and seed
+                    raise ValueError(f"same settings and seed as {other.file}")
             runs.append(run)
         except (OSError, ValueError, ArithmeticError, csv.Error) as error:
             left_out.append(f"- `{path.name}`: {error}")
@@ -143,21 +134,17 @@ def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
     return sorted(runs, key=lambda run: run.n), left_out
 
 
-def select(runs: list[Run], setting: Setting, n: int, kind: str) -> list[Run]:
-    return [run for run in runs if (run.setting, run.n, run.kind) == (setting, n, kind)]
-
-
 # ---- the page ------------------------------------------------------------------------------------
 def t_quantile(dof: float) -> float:
     """The t that |T| exceeds in 5 % of cases, for Student's T with dof >= 1 degrees of freedom."""
     # T = sqrt(dof) * tan(angle), and the angle's density is as cos(angle) ** (dof - 1).
     width = math.pi / 2 / 20_000
     areas = [math.cos((i + 0.5) * width) ** (dof - 1) for i in range(20_000)]
-    missing, i = 0.95 * sum(areas), 0
-    while missing > areas[i]:
-        missing -= areas[i]
-        i += 1
-    return math.sqrt(dof) * math.tan((i + missing / areas[i]) * width)
+    missing = 0.95 * sum(areas)
+    for i, area in enumerate(areas):
+        if missing <= area:
+            return math.sqrt(dof) * math.tan((i + missing / area) * width)
+        missing -= area
 
 
 def welch(a: list[float], b: list[float]) -> float:
@@ -184,36 +171,28 @@ def several(values: list[float], digits: int = 2) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)})"
 
 
-def names(settings: list[Setting]) -> list[str]:
-    """Each setting by what differs between them: lr 0.1, lr 0.3, lr 0.5."""
-    fields = [i for i, values in enumerate(zip(*settings)) if len(set(values)) > 1]
-    return [", ".join(f"{Setting._fields[i]} {one[i]}" for i in fields) for one in settings]
-
-
-def best(rows: list[Row], table: str) -> Row:
-    """The row of a table with the highest accuracy in the report."""
-    return max((row for row in rows if row.table == table), key=lambda row: row.accuracy)
-
-
-def length(n: int) -> str:
-    return "full" if n == 1 else f"1/{n}"
+def names(settings: list[Setting], differ: bool = True) -> list[str]:
+    """Each setting by what differs between them, as in "lr 0.1", or by what does not."""
+    fields = zip(Setting._fields, zip(*settings))
+    chosen = [name for name, values in fields if (len(set(values)) > 1) == differ]
+    return [", ".join(f"{name} {getattr(one, name)}" for name in chosen) for one in settings]
 
 
 def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
-    return [run.accuracy for run in select(runs, row.setting, 1, kind)]
+    full = [run for run in runs if run.setting == row.setting and run.n == 1]
+    return [run.accuracy for run in full if run.kind == kind]
 
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
-    """Two sentences for each arithmetic, and a table of all rows: the report's accuracy, ours, and
-    the difference."""
-    header = ["Table", *Setting._fields, "Report, %"]
-    lines = [[row.table, *map(str, row.setting), f"{row.accuracy:.2f}"] for row in rows]
-    text = ""
+    """Two sentences for each arithmetic, and a table of the report's accuracies beside ours."""
+    table = [["Table", *Setting._fields, "Report, %"]]
+    table += [[row.table, *map(str, row.setting), f"{row.accuracy:.2f}"] for row in rows]
+    text, settings = "", {row.setting for row in rows}  # some are in two tables
     for kind in ARITHMETIC:
-        header += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
+        table[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
         gaps = {}
-        for row, cells in zip(rows, lines):
+        for row, cells in zip(rows, table[1:]):
             ours, difference, interval = finals(runs, row, kind), "", ""
             if ours:
                 gap = fmean(ours) - row.accuracy
@@ -225,94 +204,105 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
             cells += [several(ours), difference, interval]
         if gaps:
             gap, values = max(gaps.values(), key=lambda pair: abs(pair[0]))
-            text += f"In {kind}, {len(gaps)} of {len({row.setting for row in rows})} settings ran "
-            text += "at full length. The largest difference from the report's accuracy is "
+            text += f"In {kind}, {len(gaps)} of {len(settings)} settings ran at full length. The "
+            text += "largest difference from the report's accuracy is "
             text += f"{gap:+.2f} percentage points: {values}.\n"
-    return (text or "No full-length run yet.\n") + "\n" + markdown([header, *lines])
+    return (text or "No full-length run yet.\n") + "\n" + markdown(table)
 
 
 def verdicts(rows: list[Row], runs: list[Run]) -> str:
     """A table of what the report concludes, and what our full-length runs say of it."""
-    claims = [(best(rows, row.table), row) for row in rows if row != best(rows, row.table)]
+    rising = sorted(rows, key=lambda row: row.accuracy)
+    best = {row.table: row for row in rising}  # the last of a table stays
+    claims = [(best[row.table], row) for row in rows if row != best[row.table]]
     claims += [(row, rows[0]) for row in rows[1:3]]  # Adam is the lowest of Table 4
-    claims += [(rows[-1], best(rows, "7"))]  # the extended run against Table 8's
-    cells = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
+    claims += [(rows[-1], best["7"])]  # the extended run against Table 8's
+    table = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
               "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
     for better, worse in sorted(claims, key=lambda claim: claim[0].table):
         both = {kind: [finals(runs, row, kind) for row in (better, worse)] for kind in ARITHMETIC}
         # The arithmetic with most runs of the side that has fewer, then of the other side.
-        kind = max(both, key=lambda kind: sorted(len(side) for side in both[kind]))
+        kind = max(both, key=lambda kind: sorted(map(len, both[kind])))
         a, b = both[kind]
-        gap = fmean(a) - fmean(b) if a and b else math.nan
-        ours, word = f"{gap:+.2f}" if a and b else "", "not tested"
-        if min(len(a), len(b)) >= 2:
+        ours, word = "", "not tested"
+        if a and b:
+            gap = fmean(a) - fmean(b)
+            ours = f"{gap:+.2f}"
+        if len(a) >= 2 and len(b) >= 2:
             half = welch(a, b)
             ours += f" ({gap - half:+.2f} to {gap + half:+.2f})"
             word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
-        claim = [better.table, *names([better.setting, worse.setting])]
-        claim += [f"{better.accuracy - worse.accuracy:+.2f}", ours]
-        cells.append([*claim, kind if a or b else "", f"{len(a)}, {len(b)}", word])
-    return markdown(cells)
+        theirs = f"{better.accuracy - worse.accuracy:+.2f}"
+        cells = [better.table, *names([better.setting, worse.setting]), theirs, ours]
+        table.append([*cells, kind if a or b else "", f"{len(a)}, {len(b)}", word])
+    return markdown(table)
 
 
 def starts(runs: list[Run]) -> str:
     """A table of the loss just before the first decay, for each setting and length of our runs."""
     author = read_author()
-    cells = [[*Setting._fields, "Length", "Iteration", "Author's loss", "Author's equal runs"]]
-    cells[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
+    table = [[*Setting._fields, "Length", "Iteration", "Author's loss", "Author's equal runs"]]
+    table[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
     for setting, n in dict.fromkeys((run.setting, run.n) for run in runs):
         end = setting.step // n // 100 * 100
-        ours = [several([run.loss[end] for run in select(runs, setting, n, kind)
-                         if end in run.loss], 3) for kind in ARITHMETIC]  # fmt: skip
-        if not any(ours):
+        ours = [run for run in runs if (run.setting, run.n) == (setting, n) and end in run.loss]
+        if not ours:
             continue
         # Until the first decay neither its time nor its rate matters.
         equal = [loss[end] for (other, _), loss in author.items()
                  if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
         spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
         theirs = f"{author[setting, FIXED['gamma']][end]:.3f}"
-        cells.append([*map(str, setting), length(n), str(end), theirs, spread, *ours])
-    return markdown(cells)
+        length = "full" if n == 1 else f"1/{n}"
+        cells = [*map(str, setting), length, str(end), theirs, spread]
+        for kind in ARITHMETIC:
+            cells.append(several([run.loss[end] for run in ours if run.kind == kind], digits=3))
+        table.append(cells)
+    return markdown(table)
 
 
 def all_runs(runs: list[Run]) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
-    cells = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
+    table = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
     for run in runs:
         link = f"[{run.file.removesuffix('.csv')}]({run.file})"
-        final = f"{run.accuracy:.2f}" if run.n == 1 else ""
-        cells.append([link, length(run.n), run.seed, run.kind, final, run.machine])
-    return markdown(cells)
+        length, final = ("full", f"{run.accuracy:.2f}") if run.n == 1 else (f"1/{run.n}", "")
+        table.append([link, length, run.seed, run.kind, final, run.machine])
+    return markdown(table)
 
 
 # ---- figures -------------------------------------------------------------------------------------
+def draw_losses(ax, losses: list[dict[int, float]], end: int, **style) -> None:
+    """Draw the mean of some runs' losses where all have one, until iteration `end`, and a band from
+    the lowest to the highest; if there is none, not even a name in the legend."""
+    x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
+    if losses and x:
+        y = [[loss[i] for loss in losses] for i in x]
+        ax.plot(x, [*map(fmean, y)], **style)
+        ax.fill_between(x, [*map(min, y)], [*map(max, y)], color=style["color"], alpha=0.25, lw=0)
+
+
 def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
-    """Draw the author's losses of some settings dashed, and those of our runs at 1/n as a mean
-    with a band from the lowest to the highest; where n > 1 until our first decay."""
+    """Draw the author's losses of some settings dashed, and those of our runs at 1/n solid; where
+    n > 1 until our first decay."""
     author = read_author()
+    runs = [run for run in runs if run.n == n and run.loss]
     for setting, name, color in zip(settings, names(settings), COLOURS):
         end = setting.iters if n == 1 else setting.step // n
-        curves = [("author", "--", 1.0, [author[setting, FIXED["gamma"]]])]
+        theirs = [author[setting, FIXED["gamma"]]]
+        draw_losses(ax, theirs, end, color=color, ls="--", lw=1, label=f"{name}, author")
         for kind, width in ARITHMETIC.items():
-            ours = [run.loss for run in select(runs, setting, n, kind) if run.loss]
-            curves += [(f"ours in {kind}", "-", width, ours)] if ours else []
-        for whose, style, width, losses in curves:
-            x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
-            if not x:
-                continue  # neither a line nor a name in the legend
-            y = [[loss[i] for loss in losses] for i in x]
-            label = f"{name}, {whose}"
-            ax.plot(x, [*map(fmean, y)], style, linewidth=width, color=color, label=label)
-            low, high = [*map(min, y)], [*map(max, y)]
-            ax.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
-    title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
-    ax.set_title(title if n == 1 else f"ours at 1/{n}, until their first decay", loc="left")
+            ours = [run.loss for run in runs if run.setting == setting and run.kind == kind]
+            draw_losses(ax, ours, end, color=color, lw=width, label=f"{name}, ours in {kind}")
     ax.set(xlabel="iteration", ylabel="training loss")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.grid(color="0.9")
+    title = f"ours at 1/{n}, until their first decay"
     if n == 1:
+        title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
         ax.set_yscale("log", subs=(2, 5))
         ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    ax.set_title(title, loc="left")
 
 
 def draw_figure(number: int, rows: list[Row], runs: list[Run]):
@@ -321,16 +311,15 @@ def draw_figure(number: int, rows: list[Row], runs: list[Run]):
     from matplotlib.figure import Figure
 
     settings = [row.setting for row in rows if row.table == str(number)]
-    if number == 8:
-        settings = [best(rows, "7").setting, rows[-1].setting]
+    if number == 8:  # these two are the report's best
+        settings = [row.setting for row in sorted(rows, key=lambda row: row.accuracy)[-2:]]
     ours = [run for run in runs if run.setting in settings]
     lengths = sorted({1} | {run.n for run in ours if run.setting.step // run.n >= 100})
     figure = Figure(figsize=(10, 0.5 + 3.5 * len(lengths)), dpi=150, layout="constrained")
     for ax, n in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths):
         draw_panel(ax, n, settings, runs)
-    fixed = [f"{name} {values[0]}" for name, values in zip(Setting._fields, zip(*settings))
-             if len(set(values)) == 1]  # fmt: skip
-    figure.suptitle(f"Figure {number}: training loss, {', '.join(fixed)}", x=0.01, ha="left")
+    same = names(settings, differ=False)[0]
+    figure.suptitle(f"Figure {number}: training loss, {same}", x=0.01, ha="left")
     return figure
 
 
@@ -353,8 +342,7 @@ def main() -> None:
     parser.add_argument("--figures", type=home, help="folder for figure4.png ... figure8.png")
     parser.add_argument("--write", action="store_true", help="renew the two pages, from results")
     args = parser.parse_args()
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may end it, as it ends any tool
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # `| head` may end it
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
     folder = HERE / "results" if args.write else Path(args.logs)
     if not folder.is_dir():
@@ -365,11 +353,13 @@ def main() -> None:
         parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
                  "start of training": starts(runs), "runs": all_runs(runs),
                  "logs left out": "\n".join(left_out) or "None."}  # fmt: skip
-        for number in range(4, 9) if args.figures else ():
-            path = Path(args.figures, f"figure{number}.png")
-            draw_figure(number, rows, runs).savefig(path, metadata={"Software": None})
-        for page in ("README.md", "results/README.md") if args.write else ():
-            renew(HERE / page, parts)
+        if args.figures:
+            for number in range(4, 9):
+                path = Path(args.figures, f"figure{number}.png")
+                draw_figure(number, rows, runs).savefig(path, metadata={"Software": None})
+        if args.write:
+            renew(HERE / "README.md", parts)
+            renew(HERE / "results" / "README.md", parts)
         print("\n\n".join(f"## {name.capitalize()}\n\n{part}" for name, part in parts.items()))
     except ImportError:
         sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
