@@ -97,7 +97,8 @@ def read_log(path: Path, rows: list[Row]) -> Run:
         raise ValueError("more than one setting, seed or arithmetic in it")
     last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
-        raise ValueError("incomplete: iteration {iteration} of {iters}, loss {loss}".format(**last))
+        reached = "iteration {iteration} of {iters}, loss {loss}".format_map(last)
+        raise ValueError(f"incomplete: {reached}")
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")

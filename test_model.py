@@ -702,7 +702,7 @@ def test_logs(tmp_path):
     bad = [
         (head, "incomplete: no line yet"),
         (whole[:-1], "incomplete: iteration 16000 of 32000, loss 2.0"),  # the end is missing
-        (whole.replace(",80.00,", ",,"), "incomplete: iteration 32000 of 32000, loss 1.0"),
+        (whole.replace(",80.00,", ",,1,"), "incomplete: iteration 32000 of 32000, loss 1.0"),
         (whole + "sgd,0.3\n", "invalid literal for int() with base 10: ''"),
         (whole, "same settings and seed as full.csv"),
         *((whole.replace(name, "x"), f"damaged: KeyError('{name}')")
