@@ -51,7 +51,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 # The lines of the log are closer, too, but one is at each hundredth iteration, for report.py.
-for every in 100 50 25 20 10 5 4 2 1; do [ $((every * n)) -le 100 ] && break; done
+for every in 50 25 20 10 5 4 2 1; do [ $((every * n)) -le 100 ] && break; done
 [ "$n" = 1 ] || more=" --log-every $every"
 [ $# = 0 ] || more="$more$(printf ' %q' "$@")"
 
