@@ -908,6 +908,7 @@ def test_recorded_batch_trains_each_plan_once_at_its_rate(monkeypatch, capsys):
     optimizer, trained, recordings = SimpleNamespace(param_groups=[{}]), [], []
 
     def train_batch(plan):
+        train_batch.plan = plan  # the memory that it reads, in a recording and its replays
         trained.append((plan[0, 0].item(), optimizer.param_groups[0]["lr"], plan.shape[1]))
 
     @contextmanager
@@ -918,15 +919,16 @@ def test_recorded_batch_trains_each_plan_once_at_its_rate(monkeypatch, capsys):
         except ValueError:
             raise RuntimeError("recording broken")  # leaving it raises once more
         recordings.append(trained.pop())
-        plan, (_, *rest) = recorded.plan, recordings[-1]
+        plan, (_, *rest) = train_batch.plan, recordings[-1]
         graph.replay = lambda: trained.append((plan[0, 0].item(), *rest))
 
     monkeypatch.setattr(torch, "cuda", Mock(CUDAGraph=SimpleNamespace, graph=record))
     recorded = train.RecordedBatch(train_batch, optimizer, batch_size=2)
     expected = [(t, 0.2 ** (t // 4), 2 - (t == 6)) for t in range(10)]  # one plan is short
-    for t, optimizer.param_groups[0]["lr"], width in expected:
-        recorded(torch.full([4, width], t))
-    assert trained == expected
+    plans = [torch.full([4, width], t) for t, _, width in expected]
+    for plan, (_, optimizer.param_groups[0]["lr"], _) in zip(plans, expected):
+        recorded(plan)
+    assert trained == expected and [plan[0, 0] for plan in plans] == [*range(10)]  # left alone
     assert recordings == [expected[t] for t in (3, 4, 8)]  # after three to warm up, at each rate
     # A bug shows itself in a plain iteration; one line tells what a recording does not allow.
     recorded = train.RecordedBatch(Mock(side_effect=ValueError("why\nmore")), optimizer, 2)
