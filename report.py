@@ -179,6 +179,10 @@ def names(settings: list[Setting], differ: bool = True) -> list[str]:
     return [", ".join(f"{name} {getattr(one, name)}" for name in chosen) for one in settings]
 
 
+def length(n: int) -> str:
+    return "full" if n == 1 else f"1/{n}"
+
+
 def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
     full = [run for run in runs if run.setting == row.setting and run.n == 1]
@@ -254,8 +258,7 @@ def starts(runs: list[Run]) -> str:
                  if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
         spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
         theirs = f"{author[setting, FIXED['gamma']][end]:.3f}"
-        length = "full" if n == 1 else f"1/{n}"
-        cells = [*map(str, setting), length, str(end), theirs, spread]
+        cells = [*map(str, setting), length(n), str(end), theirs, spread]
         for kind in ARITHMETIC:
             cells.append(several([run.loss[end] for run in ours if run.kind == kind], digits=3))
         table.append(cells)
@@ -267,8 +270,8 @@ def all_runs(runs: list[Run]) -> str:
     table = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
     for run in runs:
         link = f"[{run.file.removesuffix('.csv')}]({run.file})"
-        length, final = ("full", f"{run.accuracy:.2f}") if run.n == 1 else (f"1/{run.n}", "")
-        table.append([link, length, run.seed, run.kind, final, run.machine])
+        final = f"{run.accuracy:.2f}" if run.n == 1 else ""
+        table.append([link, length(run.n), run.seed, run.kind, final, run.machine])
     return markdown(table)
 
 
