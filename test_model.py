@@ -44,6 +44,8 @@ torch.set_num_threads(1)  # the tests' own processes share the cores, and small 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 CPU = torch.device("cpu")
+FILES = HERE / "data" / CIFAR10.base_folder
+needs_cifar10 = pytest.mark.skipif(not FILES.exists(), reason="no CIFAR-10 in ./data")
 OPTIMIZERS = {  # the report's; each adds the weight decay to the gradient
     "sgd": partial(torch.optim.SGD, momentum=0.9),
     "adam": partial(torch.optim.Adam, betas=(0.7, 0.7)),
@@ -158,6 +160,15 @@ def test_data_errors_name_what_failed(files, tmp_path):
         with patch(function, side_effect=PermissionError(13, "Permission denied", "x/y")):
             with pytest.raises(data.DataError, match=r"cannot read .*Permission denied: 'x/y'$"):
                 data.load(str(files), CPU)
+
+
+@needs_cifar10
+def test_real_cifar10():
+    for n, train_set, split in zip((5000, 1000), (True, False), data.load(HERE / "data", CPU)):
+        assert split.labels.bincount().tolist() == [n] * 10
+        image, label = CIFAR10(HERE / "data", train_set)[4321]
+        assert torch.equal(data.scale(split.images[4321:4322])[0], TF.to_tensor(image))
+        assert split.labels[4321] == label
 
 
 def test_figure_1(tmp_path):
@@ -343,7 +354,7 @@ def test_log_output_weights_and_eval_against_a_recomputation(name, undisturbed, 
     assert result.out.splitlines() == shown
 
 
-@pytest.mark.skipif(not (HERE / "data" / CIFAR10.base_folder).exists(), reason="no ./data")
+@needs_cifar10
 @pytest.mark.parametrize("weights", [*RESULTS.glob("*.pt")], ids=lambda file: file.stem)
 def test_committed_weights_have_the_logged_accuracy(weights, capsys):
     train.test(train.parse_args(["--eval", str(weights), "--data", str(HERE / "data")]))
@@ -474,6 +485,8 @@ def test_what_cannot_start_writes_nothing(tmp_path):
     (tmp_path / "data" / CIFAR10.base_folder).mkdir(parents=True)
     assert_one_line_error(call(tmp_path, "--device", "cpu"), 1, CIFAR10.base_folder, "missing")
     assert not (tmp_path / "logs").exists()
+    (tmp_path / "logs").touch()
+    assert_one_line_error(call(tmp_path, *SHORT), 1, "logs")
 
 
 def test_bad_files_and_trouble_with_good_ones(tmp_path, monkeypatch):
@@ -620,9 +633,10 @@ def test_table_on_ten_generated_images(stub, tmp_path):
 
 # ---- report.py -----------------------------------------------------------------------------------
 # The author's 15 logs: the last line of each, and its losses by final accuracy and iteration.
-AUTHOR = {line["run"]: line for line in read_log(RESULTS / "author.csv")}
+AUTHOR_LINES = read_log(RESULTS / "author.csv")
+AUTHOR = {line["run"]: line for line in AUTHOR_LINES}
 LOSS = {float(last["test_acc"]): {} for last in AUTHOR.values()}
-for line in read_log(RESULTS / "author.csv"):
+for line in AUTHOR_LINES:
     LOSS[float(AUTHOR[line["run"]]["test_acc"])][int(line["iteration"])] = float(line["loss"])
 
 HUNDREDS = {i: i for i in range(100, 3201, 100)}
@@ -663,7 +677,7 @@ def test_t_quantile_and_welch():
 
 
 def test_tables():
-    none = report.summary(ROWS, {})
+    none = report.summary(ROWS, [])
     assert none.startswith("No full-length run yet.\n\n| Table |") and "Ours" not in none
     tables = report.summary(ROWS, RUNS), report.verdicts(ROWS, RUNS), report.starts(RUNS)
     assert [table.count("\n") for table in tables] == [4 + 17, 1 + 3 + 2 + 3 + 3 + 2 + 1, 1 + 4]
@@ -748,7 +762,7 @@ def test_figures(tmp_path):
     pytest.importorskip("matplotlib")
     for number, rows in ((4, ROWS[:4]), (6, ROWS[7:11]), (7, ROWS[11:15]), (8, ROWS[13::2]),
                          (5, ROWS[4:7])):  # fmt: skip
-        (ax,) = report.draw_figure(number, ROWS, {}).axes
+        (ax,) = report.draw_figure(number, ROWS, []).axes
         author = curves(ax)
         lines = [("--", color, LOSS[row.accuracy]) for color, row in zip(report.COLOURS, rows)]
         assert [*author.values()] == lines
