@@ -97,8 +97,7 @@ def read_log(path: Path, rows: list[Row]) -> Run:
         raise ValueError("more than one setting, seed or arithmetic in it")
     last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
-        reached = "iteration {iteration} of {iters}, loss {loss}".format_map(last)
-        raise ValueError(f"incomplete: {reached}")
+        raise ValueError("incomplete: iteration {iteration}/{iters}, loss {loss}".format_map(last))
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
@@ -119,20 +118,19 @@ def read_log(path: Path, rows: list[Row]) -> Run:
 
 def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
     """The runs of a folder's logs, the longest first, and a line on each log left out."""
-    runs, left_out = [], []
+    runs, left_out = {}, []
     logs = [path for path in folder.iterdir() if path.suffix == ".csv" and path.stem != "author"]
     for path in sorted(logs):
         try:
             run = read_log(path, rows)
-            for other in runs:
-                if other[:4] == run[:4]:  # setting, n, kind and seed
-                    raise ValueError(f"same settings and seed as {other.file}")
-            runs.append(run)
+            same = runs.setdefault(run[:4], run)  # setting, n, kind and seed
+            if same is not run:
+                raise ValueError(f"same settings and seed as {same.file}")
         except (OSError, ValueError, ArithmeticError, csv.Error) as error:
             left_out.append(f"- `{path.name}`: {error}")
         except LookupError as error:
             left_out.append(f"- `{path.name}`: damaged: {error!r}")
-    return sorted(runs, key=lambda run: run.n), left_out
+    return sorted(runs.values(), key=lambda run: run.n), left_out
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -179,10 +177,6 @@ def names(settings: list[Setting], differ: bool = True) -> list[str]:
     return [", ".join(f"{name} {getattr(one, name)}" for name in chosen) for one in settings]
 
 
-def length(n: int) -> str:
-    return "full" if n == 1 else f"1/{n}"
-
-
 def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
     full = [run for run in runs if run.setting == row.setting and run.n == 1]
@@ -227,8 +221,7 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
     for better, worse in sorted(claims, key=lambda claim: claim[0].table):
         both = {kind: [finals(runs, row, kind) for row in (better, worse)] for kind in ARITHMETIC}
         # The arithmetic with most runs of the side that has fewer, then of the other side.
-        kind = max(both, key=lambda kind: sorted(map(len, both[kind])))
-        a, b = both[kind]
+        kind, (a, b) = max(both.items(), key=lambda item: sorted(map(len, item[1])))
         ours, word = "", "not tested"
         if a and b:
             gap = fmean(a) - fmean(b)
@@ -246,7 +239,7 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
 def starts(runs: list[Run]) -> str:
     """A table of the loss just before the first decay, for each setting and length of our runs."""
     author = read_author()
-    table = [[*Setting._fields, "Length", "Iteration", "Author's loss", "Author's equal runs"]]
+    table = [[*Setting._fields, "Iteration", "Author's loss", "Author's equal runs"]]
     table[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
     for setting, n in dict.fromkeys((run.setting, run.n) for run in runs):
         end = setting.step // n // 100 * 100
@@ -258,7 +251,8 @@ def starts(runs: list[Run]) -> str:
                  if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
         spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
         theirs = f"{author[setting, FIXED['gamma']][end]:.3f}"
-        cells = [*map(str, setting), length(n), str(end), theirs, spread]
+        own = setting._replace(step=setting.step // n, iters=setting.iters // n)
+        cells = [*map(str, own), str(end), theirs, spread]
         for kind in ARITHMETIC:
             cells.append(several([run.loss[end] for run in ours if run.kind == kind], digits=3))
         table.append(cells)
@@ -267,37 +261,31 @@ def starts(runs: list[Run]) -> str:
 
 def all_runs(runs: list[Run]) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
-    table = [["Log", "Length", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
+    table = [["Log", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
     for run in runs:
         link = f"[{run.file.removesuffix('.csv')}]({run.file})"
         final = f"{run.accuracy:.2f}" if run.n == 1 else ""
-        table.append([link, length(run.n), run.seed, run.kind, final, run.machine])
+        table.append([link, run.seed, run.kind, final, run.machine])
     return markdown(table)
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def draw_losses(ax, losses: list[dict[int, float]], end: int, **style) -> None:
-    """Draw the mean of some runs' losses where all have one, until iteration `end`, and a band from
-    the lowest to the highest; if there is none, not even a name in the legend."""
-    x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
-    if losses and x:
-        y = [[loss[i] for loss in losses] for i in x]
-        ax.plot(x, [*map(fmean, y)], **style)
-        ax.fill_between(x, [*map(min, y)], [*map(max, y)], color=style["color"], alpha=0.25, lw=0)
-
-
 def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
-    """Draw the author's losses of some settings dashed, and those of our runs at 1/n solid; where
-    n > 1 until our first decay."""
+    """Draw the author's losses of some settings, dashed, and of our runs at 1/n the mean, solid,
+    with a band from the lowest to the highest; where n > 1 until our first decay."""
     author = read_author()
-    runs = [run for run in runs if run.n == n and run.loss]
     for setting, name, color in zip(settings, names(settings), COLOURS):
         end = setting.iters if n == 1 else setting.step // n
-        theirs = [author[setting, FIXED["gamma"]]]
-        draw_losses(ax, theirs, end, color=color, ls="--", lw=1, label=f"{name}, author")
+        curves = [("author", [author[setting, FIXED["gamma"]]], {"ls": "--", "lw": 1})]
         for kind, width in ARITHMETIC.items():
-            ours = [run.loss for run in runs if run.setting == setting and run.kind == kind]
-            draw_losses(ax, ours, end, color=color, lw=width, label=f"{name}, ours in {kind}")
+            losses = [run.loss for run in runs if run[:3] == (setting, n, kind)]
+            curves.append((f"ours in {kind}", losses, {"lw": width}))
+        for label, losses, style in curves:
+            x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
+            if losses and x:
+                y = [[loss[i] for loss in losses] for i in x]
+                ax.plot(x, [*map(fmean, y)], color=color, label=f"{name}, {label}", **style)
+                ax.fill_between(x, [*map(min, y)], [*map(max, y)], color=color, alpha=0.25, lw=0)
     ax.set(xlabel="iteration", ylabel="training loss")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.grid(color="0.9")
@@ -317,11 +305,11 @@ def draw_figure(number: int, rows: list[Row], runs: list[Run]):
     settings = [row.setting for row in rows if row.table == str(number)]
     if number == 8:  # these two are the report's best
         settings = [row.setting for row in sorted(rows, key=lambda row: row.accuracy)[-2:]]
-    ours = [run for run in runs if run.setting in settings]
+    ours = [run for run in runs if run.setting in settings and run.loss]
     lengths = sorted({1} | {run.n for run in ours if run.setting.step // run.n >= 100})
     figure = Figure(figsize=(10, 0.5 + 3.5 * len(lengths)), dpi=150, layout="constrained")
     for ax, n in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths):
-        draw_panel(ax, n, settings, runs)
+        draw_panel(ax, n, settings, ours)
     same = names(settings, differ=False)[0]
     figure.suptitle(f"Figure {number}: training loss, {same}", x=0.01, ha="left")
     return figure
