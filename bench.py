@@ -127,14 +127,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (--help)\n")
     workers = min(8, os.cpu_count())
-    add, path = parser.add_argument, os.path.expanduser
+    add, home = parser.add_argument, os.path.expanduser
     add("--bs", type=int, nargs="+", default=[32, 64, 128, 256], help="batch sizes (all four)")
     add("--steps", type=int, default=50, help="steps in a turn (50)")
     add("--rounds", type=int, default=10, help="turns of each (10)")
     add("--workers", type=int, default=workers, help="of the DataLoader (up to 8)")
     add("--compile", action="store_true", help="time the compiled network, too")
-    add("--csv", type=path, help="file to write the figures to as well")
-    add("--data", type=path, default="./data", help="folder with CIFAR-10, or `synthetic`")
+    add("--csv", type=home, help="file to write the figures to as well")
+    add("--data", type=home, default="./data", help="folder with CIFAR-10, or `synthetic`")
     add("--device", choices=("cuda", "mps", "cpu"), help="the first one found")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
         help="of this code; the usual loop has no bf16 (tf32)")  # fmt: skip

@@ -84,7 +84,7 @@ def fetch(root: Path) -> None:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_and_extract_archive
 
-    parent = root if root.exists() else root.parent
+    parent = next(folder for folder in (root, *root.parents) if folder.exists())
     with tempfile.TemporaryDirectory(prefix="cifar-10-download-", dir=parent) as new:
         archive = root / CIFAR10.filename
         try:
@@ -95,7 +95,7 @@ def fetch(root: Path) -> None:
                 f"no CIFAR-10 in {root}, and it cannot be fetched or unpacked ({error}): put the "
                 f"original of {CIFAR10.url} there, or try --data synthetic"
             ) from error
-        root.mkdir(exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         if not (root / CIFAR10.base_folder).exists():  # another process may have been faster
             os.replace(Path(new, CIFAR10.base_folder), root / CIFAR10.base_folder)
 
@@ -178,9 +178,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"data.py: {message} (--help)\n")
-    add, path = parser.add_argument, os.path.expanduser
-    add("--data", type=path, default="./data", help="folder of CIFAR-10, or `synthetic`")
-    add("--out", type=path, default="figure1.png", help="the picture to write")
+    add, home = parser.add_argument, os.path.expanduser
+    add("--data", type=home, default="./data", help="folder of CIFAR-10, or `synthetic`")
+    add("--out", type=home, default="figure1.png", help="the picture to write")
     args = parser.parse_args()
     signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # `| head` may end it
     try:

@@ -101,14 +101,14 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
     if others:
         raise ValueError(f"other settings: {', '.join(others)}")
-    sums, at = {0: 0.0}, 0  # {iteration: sum of the losses until there}
-    for line in lines:
-        start, at = at, int(line["iteration"])
-        sums[at] = sums[start] + float(line["loss"]) * (at - start)
+    sums, start = {0: 0.0}, 0  # {iteration: sum of the losses until there}
+    for end, line in sorted({int(line["iteration"]): line for line in lines}.items()):
+        sums[end] = sums[start] + float(line["loss"]) * (end - start)
+        start = end
     loss = {i: (sums[i] - sums[i - 100]) / 100 for i in sums if i - 100 in sums and i % 100 == 0}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
     own, seed, kind = trained.pop()
-    for row in rows:  # the extended run last, as half of it is a row of Table 7
+    for row in rows:  # the extended run is the last: shortened, it is a row of Table 7, shortened
         n = row.setting.iters // own.iters
         if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
             accuracy = float(last["test_acc"])
@@ -179,8 +179,7 @@ def names(settings: list[Setting], differ: bool = True) -> list[str]:
 
 def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
     """The accuracies of a row's full-length runs in one arithmetic."""
-    full = [run for run in runs if run.setting == row.setting and run.n == 1]
-    return [run.accuracy for run in full if run.kind == kind]
+    return [run.accuracy for run in runs if run[:3] == (row.setting, 1, kind)]
 
 
 def summary(rows: list[Row], runs: list[Run]) -> str:
@@ -204,8 +203,7 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
         if gaps:
             gap, values = max(gaps.values(), key=lambda pair: abs(pair[0]))
             text += f"In {kind}, {len(gaps)} of {len(settings)} settings ran at full length. The "
-            text += "largest difference from the report's accuracy is "
-            text += f"{gap:+.2f} percentage points: {values}.\n"
+            text += f"largest difference from the report is {gap:+.2f} points: {values}.\n"
     return (text or "No full-length run yet.\n") + "\n" + markdown(table)
 
 
@@ -237,24 +235,23 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
 
 
 def starts(runs: list[Run]) -> str:
-    """A table of the loss just before the first decay, for each setting and length of our runs."""
+    """A table of the losses just before the first decay of our shortest run of each setting."""
     author = read_author()
     table = [[*Setting._fields, "Iteration", "Author's loss", "Author's equal runs"]]
     table[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
-    for setting, n in dict.fromkeys((run.setting, run.n) for run in runs):
-        end = setting.step // n // 100 * 100
-        ours = [run for run in runs if (run.setting, run.n) == (setting, n) and end in run.loss]
-        if not ours:
-            continue
+    runs = [run for run in runs if run.loss and run.setting.step // run.n >= 100]
+    for setting in dict.fromkeys(run.setting for run in runs):
+        ours = [run for run in runs if run.setting == setting]
+        end = setting.step // ours[-1].n // 100 * 100  # the last is the shortest
         # Until the first decay neither its time nor its rate matters.
         equal = [loss[end] for (other, _), loss in author.items()
                  if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
         spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
         theirs = f"{author[setting, FIXED['gamma']][end]:.3f}"
-        own = setting._replace(step=setting.step // n, iters=setting.iters // n)
-        cells = [*map(str, own), str(end), theirs, spread]
+        cells = [*map(str, setting), str(end), theirs, spread]
         for kind in ARITHMETIC:
-            cells.append(several([run.loss[end] for run in ours if run.kind == kind], digits=3))
+            losses = [run.loss[end] for run in ours if run.kind == kind and end in run.loss]
+            cells.append(several(losses, digits=3))
         table.append(cells)
     return markdown(table)
 
@@ -263,16 +260,14 @@ def all_runs(runs: list[Run]) -> str:
     """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
     table = [["Log", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
     for run in runs:
-        link = f"[{run.file.removesuffix('.csv')}]({run.file})"
         final = f"{run.accuracy:.2f}" if run.n == 1 else ""
-        table.append([link, run.seed, run.kind, final, run.machine])
+        table.append([f"[{run.file}]({run.file})", run.seed, run.kind, final, run.machine])
     return markdown(table)
 
 
 # ---- figures -------------------------------------------------------------------------------------
 def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
-    """Draw the author's losses of some settings, dashed, and of our runs at 1/n the mean, solid,
-    with a band from the lowest to the highest; where n > 1 until our first decay."""
+    """Draw the author's losses dashed, and the mean and the range of ours at 1/n solid."""
     author = read_author()
     for setting, name, color in zip(settings, names(settings), COLOURS):
         end = setting.iters if n == 1 else setting.step // n
@@ -282,7 +277,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
             curves.append((f"ours in {kind}", losses, {"lw": width}))
         for label, losses, style in curves:
             x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
-            if losses and x:
+            if losses and len(x) > 1:  # else there is no line to see
                 y = [[loss[i] for loss in losses] for i in x]
                 ax.plot(x, [*map(fmean, y)], color=color, label=f"{name}, {label}", **style)
                 ax.fill_between(x, [*map(min, y)], [*map(max, y)], color=color, alpha=0.25, lw=0)
@@ -298,17 +293,16 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
 
 
 def draw_figure(number: int, rows: list[Row], runs: list[Run]):
-    """The report's Figure 4, 5, 6 or 7, the losses of that table's rows, or 8, those of Table 8's
-    run and of the extended one, as a matplotlib Figure."""
+    """The report's Figure 4, 5, 6 or 7, of that table's rows, or 8, as a matplotlib Figure."""
     from matplotlib.figure import Figure
 
     settings = [row.setting for row in rows if row.table == str(number)]
-    if number == 8:  # these two are the report's best
+    if number == 8:  # Table 8's run and the extended one, the report's two best
         settings = [row.setting for row in sorted(rows, key=lambda row: row.accuracy)[-2:]]
     ours = [run for run in runs if run.setting in settings and run.loss]
-    lengths = sorted({1} | {run.n for run in ours if run.setting.step // run.n >= 100})
-    figure = Figure(figsize=(10, 0.5 + 3.5 * len(lengths)), dpi=150, layout="constrained")
-    for ax, n in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths):
+    divisors = sorted({1} | {run.n for run in ours if run.setting.step // run.n >= 200})
+    figure = Figure(figsize=(10, 0.5 + 3.5 * len(divisors)), dpi=150, layout="constrained")
+    for ax, n in zip(figure.subplots(len(divisors), squeeze=False)[:, 0], divisors):
         draw_panel(ax, n, settings, ours)
     same = names(settings, differ=False)[0]
     figure.suptitle(f"Figure {number}: training loss, {same}", x=0.01, ha="left")
@@ -332,7 +326,7 @@ def main() -> None:
     parser.error = lambda message: parser.exit(2, f"report.py: {message} (--help)\n")
     parser.add_argument("--logs", type=home, default="logs", help="folder of logs (./logs)")
     parser.add_argument("--figures", type=home, help="folder for figure4.png ... figure8.png")
-    parser.add_argument("--write", action="store_true", help="renew the two pages, from results")
+    parser.add_argument("--write", action="store_true", help="renew both pages, from ./results")
     args = parser.parse_args()
     signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # `| head` may end it
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is

@@ -47,7 +47,7 @@ while [ $# -gt 0 ]; do
     *) n=0 ;;
   esac
   [[ $n =~ ^[1-9][0-9]{0,3}$ && $((1000 % n)) = 0 ]] ||
-    fail 2 "cannot use '$1' (--help); the flags of train.py come after --, as in -- --seed 1"
+    fail 2 "cannot use '$1' (--help): N divides 1000; flags of train.py follow --, as in -- --seed 1"
   shift
 done
 # The lines of the log are closer, too, but one is at each hundredth iteration, for report.py.

@@ -4,8 +4,8 @@
     python train.py --eval logs/NAME.pt                # the test accuracy of its weights
     python train.py --data synthetic --lr 0.003 --bs 16 --iters 100 --log-every 10    # a short try
 
-A run writes LOGS/NAME.csv, the log, LOGS/NAME.pt, the weights, and until its end LOGS/NAME.ckpt,
-from which the same command continues, however it was stopped, to the files of an undisturbed run.
+A run writes LOGS/NAME.csv (the log), LOGS/NAME.pt (the weights) and, until it ends, LOGS/NAME.ckpt:
+however it was stopped, the same command goes on from there to the files of an undisturbed run.
 NAME is the settings. Exit status: 0 done, 1 an error, 2 a bad flag, 3 a loss that is not finite.
 """
 
@@ -40,7 +40,7 @@ def fail(message: str, status: int = 1):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; defaults are the report's best row (Tables 3 and 8)."""
-    raw, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # ~ is the home folder
+    raw, home = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # ~ is the home folder
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help)", 2)
     add = parser.add_argument
@@ -50,12 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--step", type=int, default=8000, help="iterations between two decays (%(default)s)")
     add("--gamma", type=float, default=0.2, help="factor of each decay (%(default)s)")
     add("--momentum", type=float, default=0.9, help="for sgd only (%(default)s)")
-    add("--betas", type=float, nargs=2, default=[0.7, 0.7], help="the two, for adam only (0.7 0.7)")
+    add("--betas", type=float, nargs=2, default=[0.7, 0.7], help="both, for adam only (0.7 0.7)")
     add("--wd", type=float, default=1e-4, help="weight decay, added to the gradient (%(default)s)")
     add("--iters", type=int, default=32000, help="iterations, not epochs (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, crops and flips (%(default)s)")
-    add("--data", type=path, default="./data", help="CIFAR-10's folder or synthetic (%(default)s)")
-    add("--logs", type=path, default="logs", help="folder for the files (./%(default)s)")
+    add("--data", type=home, default="./data", help="CIFAR-10's folder or synthetic (%(default)s)")
+    add("--logs", type=home, default="logs", help="folder for the files (./%(default)s)")
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first of these found")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="tf32",
         help="of convolutions on CUDA; bf16: autocast anywhere (%(default)s)")  # fmt: skip
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=int, default=100, help="iterations between lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="iterations between evaluations (%(default)s)")
     add("--ckpt-every", type=float, default=60, help="seconds between checkpoints (%(default)s)")
-    add("--eval", type=path, metavar="FILE", help="test the weights in FILE, train nothing")
+    add("--eval", type=home, metavar="FILE", help="test the weights in FILE, train nothing")
     args = parser.parse_args(argv)
     if min(args.bs, args.step, args.iters, args.log_every, args.eval_every) < 1:
         parser.error("--bs, --step, --iters, --log-every and --eval-every must be 1 or more")
@@ -154,7 +154,7 @@ class RecordedBatch:
             try:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_batch(self.plan)
-            except Exception as error:  # if leaving it failed, its context is the cause
+            except Exception as error:  # leaving it may raise once more: the first is the cause
                 fail(f"cannot record a graph ({error.__context__ or error!s:.200}); use --no-graph")
         self.plan.copy_(plan)
         self.graph.replay()
@@ -204,7 +204,7 @@ def load(path: Path, model: ResNet, *keys: str) -> list:
     except (OSError, MemoryError, torch.OutOfMemoryError):  # no fault of the content
         raise
     except Exception as error:  # damage may raise anything
-        fail(f"{path} does not fit this train.py and model.py; move it away ({error!r:.200})")
+        fail(f"{path} does not fit this code; to train anew, move it away ({error!r:.200})")
 
 
 class Run:
@@ -337,7 +337,7 @@ def train(args: argparse.Namespace) -> None:
         accuracy = f"{evaluate(model, test_split, args.precision).mean():.2f}" if due else ""
         line = f"{constant},{end},{lr:.6g},{loss:.6f},{accuracy},{run.seconds:.2f}\n"
         run.lines += line
-        # First the state, then the line: no log is ahead of its checkpoint or its weights.
+        # First the files, then the line: a log that says complete has its weights.
         if finite and end == iters:
             save(run.weights_path, config=run.config, model=model.state_dict())
         elif finite and run.seconds - run.saved_at >= args.ckpt_every:
@@ -371,7 +371,7 @@ def main() -> None:
     signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # so does `| head`
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # shown at once, always
     try:
-        test(args) if args.eval else train(args)
+        train(args) if args.eval is None else test(args)
     except (data.DataError, OSError, torch.OutOfMemoryError) as error:
         fail(f"{error}; mend that and start again")
 
