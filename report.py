@@ -108,7 +108,7 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     loss = {i: (sums[i] - sums[i - 100]) / 100 for i in sums if i - 100 in sums and i % 100 == 0}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
     own, seed, kind = trained.pop()
-    for row in rows:  # the extended run is the last: shortened, it is a row of Table 7, shortened
+    for row in rows:  # the extended run comes last: at 1/2 it is the full run of step 5000
         n = row.setting.iters // own.iters
         if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
             accuracy = float(last["test_acc"])
