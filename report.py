@@ -92,8 +92,8 @@ def read_log(path: Path, rows: list[Row]) -> Run:
     lines = list(csv.DictReader(text.splitlines(), restval=""))
     if not lines:
         raise ValueError("incomplete: no line yet")
-    trained = {(as_setting(line), line["seed"], arithmetic(line)) for line in lines}
-    if len(trained) > 1:
+    (own, seed, kind), *more = {(as_setting(x), x["seed"], arithmetic(x)) for x in lines}
+    if more:
         raise ValueError("more than one setting, seed or arithmetic in it")
     last = lines[-1]
     if last["iteration"] != last["iters"] or not last["test_acc"]:
@@ -107,7 +107,6 @@ def read_log(path: Path, rows: list[Row]) -> Run:
         start = end
     loss = {i: (sums[i] - sums[i - 100]) / 100 for i in sums if i - 100 in sums and i % 100 == 0}
     machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
-    own, seed, kind = trained.pop()
     for row in rows:  # the extended run comes last: at 1/2 it is the full run of step 5000
         n = row.setting.iters // own.iters
         if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
@@ -117,7 +116,7 @@ def read_log(path: Path, rows: list[Row]) -> Run:
 
 
 def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
-    """The runs of a folder's logs, the longest first, and a line on each log left out."""
+    """The runs of a folder's logs, in the rows' order, and a line on each log left out."""
     runs, left_out = {}, []
     logs = [path for path in folder.iterdir() if path.suffix == ".csv" and path.stem != "author"]
     for path in sorted(logs):
@@ -130,7 +129,8 @@ def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
             left_out.append(f"- `{path.name}`: {error}")
         except LookupError as error:
             left_out.append(f"- `{path.name}`: damaged: {error!r}")
-    return sorted(runs.values(), key=lambda run: run.n), left_out
+    order = [row.setting for row in rows]
+    return sorted(runs.values(), key=lambda run: (order.index(run.setting), run.n)), left_out
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -193,17 +193,15 @@ def summary(rows: list[Row], runs: list[Run]) -> str:
         for row, cells in zip(rows, table[1:]):
             ours, difference, interval = finals(runs, row, kind), "", ""
             if ours:
-                gap = fmean(ours) - row.accuracy
+                gaps[row.setting] = gap = fmean(ours) - row.accuracy
                 difference = f"{gap:+.2f}"
-                gaps[row.setting] = gap, f"{several(ours)} % against {row.accuracy:.2f} %"
             if len(ours) >= 3:
                 half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
                 interval = f"± {half:.2f}, report {'inside' if abs(gap) <= half else 'outside'}"
             cells += [several(ours), difference, interval]
         if gaps:
-            gap, values = max(gaps.values(), key=lambda pair: abs(pair[0]))
             text += f"In {kind}, {len(gaps)} of {len(settings)} settings ran at full length. The "
-            text += f"largest difference from the report is {gap:+.2f} points: {values}.\n"
+            text += f"largest difference is {max(gaps.values(), key=abs):+.2f} points.\n"
     return (text or "No full-length run yet.\n") + "\n" + markdown(table)
 
 
