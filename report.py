@@ -69,13 +69,14 @@ def read_rows() -> list[Row]:
     return [Row(line["table"], float(line["accuracy"]), as_setting(line)) for line in lines]
 
 
-def read_author() -> dict[tuple[Setting, str], dict[int, float]]:
-    """The losses in the author's 15 published logs as a Run has them, by setting and decay rate."""
+def read_author() -> dict[Setting, dict[int, float]]:
+    """The losses in the author's own logs of the rows, as a Run has them."""
     author = {}
     text = (HERE / "results" / "author.csv").read_text(encoding="utf-8")
     for line in csv.DictReader(text.splitlines()):
-        loss = author.setdefault((as_setting(line), line["gamma"]), {})
-        loss[int(line["iteration"])] = float(line["loss"])
+        if line["gamma"] == FIXED["gamma"]:
+            loss = author.setdefault(as_setting(line), {})
+            loss[int(line["iteration"])] = float(line["loss"])
     return author
 
 
@@ -235,18 +236,13 @@ def verdicts(rows: list[Row], runs: list[Run]) -> str:
 def starts(runs: list[Run]) -> str:
     """A table of the losses just before the first decay of our shortest run of each setting."""
     author = read_author()
-    table = [[*Setting._fields, "Iteration", "Author's loss", "Author's equal runs"]]
-    table[0] += [f"Our loss in {kind}" for kind in ARITHMETIC]
+    table = [[*Setting._fields, "Iteration", "Author's loss"]]
+    table[0] += [f"Ours in {kind}" for kind in ARITHMETIC]
     runs = [run for run in runs if run.loss and run.setting.step // run.n >= 100]
     for setting in dict.fromkeys(run.setting for run in runs):
         ours = [run for run in runs if run.setting == setting]
         end = setting.step // ours[-1].n // 100 * 100  # the last is the shortest
-        # Until the first decay neither its time nor its rate matters.
-        equal = [loss[end] for (other, _), loss in author.items()
-                 if other[:3] == setting[:3] and other.step >= end]  # fmt: skip
-        spread = f"{min(equal):.3f} to {max(equal):.3f} ({len(equal)})" if len(equal) > 1 else ""
-        theirs = f"{author[setting, FIXED['gamma']][end]:.3f}"
-        cells = [*map(str, setting), str(end), theirs, spread]
+        cells = [*map(str, setting), str(end), f"{author[setting][end]:.3f}"]
         for kind in ARITHMETIC:
             losses = [run.loss[end] for run in ours if run.kind == kind and end in run.loss]
             cells.append(several(losses, digits=3))
@@ -269,7 +265,7 @@ def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
     author = read_author()
     for setting, name, color in zip(settings, names(settings), COLOURS):
         end = setting.iters if n == 1 else setting.step // n
-        curves = [("author", [author[setting, FIXED["gamma"]]], {"ls": "--", "lw": 1})]
+        curves = [("author", [author[setting]], {"ls": "--", "lw": 1})]
         for kind, width in ARITHMETIC.items():
             losses = [run.loss for run in runs if run[:3] == (setting, n, kind)]
             curves.append((f"ours in {kind}", losses, {"lw": width}))
