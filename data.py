@@ -92,8 +92,8 @@ def fetch(root: Path) -> None:
             download_and_extract_archive(CIFAR10.url, folder, new, md5=CIFAR10.tgz_md5)
         except Exception as error:  # whatever a network or an archive may raise
             raise DataError(
-                f"no CIFAR-10 in {root}, and it cannot be fetched or unpacked ({error}): put the "
-                f"original of {CIFAR10.url} there, or try --data synthetic"
+                f"no undamaged CIFAR-10 in {root}, and it cannot be fetched or unpacked ({error}): "
+                f"put the original of {CIFAR10.url} there, or try --data synthetic"
             ) from error
         root.mkdir(parents=True, exist_ok=True)
         if not (root / CIFAR10.base_folder).exists():  # another process may have been faster
@@ -120,7 +120,7 @@ def epoch_plan(split: Split, seed: int, epoch: int) -> Tensor:
     Rows: which image, its crop's top and left in 0..8, and 1 where it is flipped.
     """
     n, device = len(split.labels), split.labels.device
-    # A hash, as the generator takes 32 bits of its seed: (seed << 32) + epoch would be the epoch.
+    # A hash, as the generator keeps 32 bits of its seed: of (seed << 32) + epoch, only the epoch.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
     order = torch.randperm(n, generator=generator)
     offsets = torch.randint(2 * PADDING + 1, (2, n), generator=generator)
@@ -193,6 +193,8 @@ def main() -> None:
         save_image(F.interpolate(grid[None], scale_factor=2), args.out)
     except (DataError, OSError, ValueError) as error:  # ValueError: --out has no picture's ending
         sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped")
     print(f"{args.out}: {', '.join(CLASSES)}; four images of each, below them the same augmented")
 
 

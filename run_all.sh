@@ -8,8 +8,8 @@
 #   bash run_all.sh --list [TABLE...]  print the commands of the runs, train nothing
 #   bash run_all.sh 4 -- --seed 1      what follows -- goes to every train.py
 #
-# Stop it with Ctrl-C and start it again: it skips what is complete and continues the rest. Paths are
-# relative to its folder. Exit status: 0 all trained, 1 a row failed, 2 a bad flag, 127 no PyTorch.
+# Stop it with Ctrl-C and start it again: it skips what is complete and continues the rest. Paths
+# are relative to its folder. Exit: 0 all trained, 1 a row failed, 2 a bad flag, 127 no PyTorch.
 
 # The rows, with the report's accuracy in percent; report.py reads them from here.
 rows='
@@ -47,18 +47,17 @@ while [ $# -gt 0 ]; do
     *) n=0 ;;
   esac
   [[ $n =~ ^[1-9][0-9]{0,3}$ && $((1000 % n)) = 0 ]] ||
-    fail 2 "cannot use '$1' (--help): N divides 1000; flags of train.py follow --, as in -- --seed 1"
+    fail 2 "cannot use '$1' (--help): N divides 1000; flags of train.py follow --: -- --seed 1"
   shift
 done
 # The lines of the log are closer, too, but one is at each hundredth iteration, for report.py.
-for every in 50 25 20 10 5 4 2 1; do [ $((every * n)) -le 100 ] && break; done
-[ "$n" = 1 ] || more=" --log-every $every"
-[ $# = 0 ] || more="$more$(printf ' %q' "$@")"
+for every in 100 50 25 20 10 5 4 2 1; do [ $((every * n)) -le 100 ] && break; done
+[ $# = 0 ] || more=$(printf ' %q' "$@")
 
 runs=$(while read -r table accuracy optimizer lr bs step iters; do
   [[ " ${tables:-4 5 6 7} " == *" $table "* && $iters ]] || continue
   flags="--optimizer $optimizer --lr $lr --bs $bs --step $((step / n)) --iters $((iters / n))"
-  echo "python train.py $flags$more"
+  echo "python train.py $flags --log-every $every$more"
 done <<< "$rows" | awk '!seen[$0]++')  # a row that tables share is one run
 
 [ -z "$list" ] || { echo "$runs"; exit; }

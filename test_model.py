@@ -149,7 +149,7 @@ def test_archive_is_unpacked_whole_or_not_at_all(files, tmp_path, monkeypatch):
 
 
 def test_data_errors_name_what_failed(files, tmp_path):
-    with pytest.raises(data.DataError, match=r"no CIFAR-10 in .*data, and it cannot be fetched"):
+    with pytest.raises(data.DataError, match=r"no undamaged CIFAR-10 in .*data, and it cannot be fetch"):
         data.load(str(tmp_path / "no" / "data"), CPU)
     assert not list(tmp_path.iterdir())
     (files / "data_batch_2").write_bytes(b"damaged")
@@ -338,7 +338,7 @@ def test_log_output_weights_and_eval_against_a_recomputation(name, undisturbed, 
     saved = torch.load(weights, weights_only=True)
     assert weights.name == f"{run}.pt" and saved["config"] == config(*flags)
     assert all(torch.equal(saved["model"][k], value) for k, value in network.state_dict().items())
-    shown = [f"{run}: {acc} %"]
+    shown = [f"{run}: {acc} % of 11 test images"]
     for i, name in enumerate(data.CLASSES):
         shown.append(f"{name:<10} {correct[4][test.labels == i].mean():6.2f} %")
     result = call(tmp_path, "--eval", weights, "--device", "cpu")  # data as trained on
@@ -349,7 +349,8 @@ def test_log_output_weights_and_eval_against_a_recomputation(name, undisturbed, 
 @pytest.mark.parametrize("weights", [*RESULTS.glob("*.pt")], ids=lambda file: file.stem)
 def test_committed_weights_have_the_logged_accuracy(weights, capsys):
     train.test(train.parse_args(["--eval", str(weights), "--data", str(HERE / "data")]))
-    name, accuracy = re.match(r"(.+): ([\d.]+) %\n", capsys.readouterr().out).groups()
+    shown = capsys.readouterr().out
+    name, accuracy = re.match(r"(.+): ([\d.]+) % of 10,000 test images\n", shown).groups()
     logged = read_log(RESULTS / f"{name}.csv")[-1]["test_acc"]
     assert float(accuracy) == pytest.approx(float(logged), abs=0.02)
 
@@ -558,12 +559,12 @@ def stub(tmp_path):
 def test_list(tmp_path):
     (tmp_path / "a project").symlink_to(HERE)
     flags = ["--logs", "it's a folder", "--data=a\\b$HOME"]
-    for tables, n, more in (("", 1, ""), ("4", 10, "--log-every 10"), ("5 7", 40, "--log-every 2"),
-                            ("extended 6", 1000, "--log-every 1")):  # fmt: skip
+    for tables, n, every in (("", 1, 100), ("4", 10, 10), ("5 7", 40, 2), ("extended 6", 1000, 1)):
         args = ["--list", *tables.split(), "--shorten", str(n), "--", *flags]
         lines = script(tmp_path / "a project" / "run_all.sh", *args).stdout.splitlines()
         runs = [f"python train.py --optimizer {name} --lr {lr} --bs {bs} --step {step // n} "
-                f"--iters {iters // n} {more}" for table, _, (name, lr, bs, step, iters) in ROWS
+                f"--iters {iters // n} --log-every {every}"
+                for table, _, (name, lr, bs, step, iters) in ROWS
                 if table in (tables or "4567")]  # fmt: skip
         wanted = [run.split() + flags for run in dict.fromkeys(runs)]  # each once
         assert [shlex.split(line) for line in lines] == wanted

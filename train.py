@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-graph", action="store_true", help="CUDA: plain PyTorch, no CUDA graph")
     add("--log-every", type=int, default=100, help="iterations between lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="iterations between evaluations (%(default)s)")
-    add("--ckpt-every", type=float, default=60, help="seconds between checkpoints (%(default)s)")
+    add("--ckpt-every", type=float, default=60, help="least seconds between checkpoints (60)")
     add("--eval", type=home, metavar="FILE", help="test the weights in FILE, train nothing")
     args = parser.parse_args(argv)
     if min(args.bs, args.step, args.iters, args.log_every, args.eval_every) < 1:
@@ -204,7 +204,7 @@ def load(path: Path, model: ResNet, *keys: str) -> list:
     except (OSError, MemoryError, torch.OutOfMemoryError):  # no fault of the content
         raise
     except Exception as error:  # damage may raise anything
-        fail(f"{path} does not fit this code; to train anew, move it away ({error!r:.200})")
+        fail(f"{path} does not fit this code ({error!r:.200}); if a checkpoint, move it away")
 
 
 class Run:
@@ -353,14 +353,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def test(args: argparse.Namespace) -> None:
-    """Print the accuracy of the weights in a file on such images as they saw, and by class."""
+    """Print the accuracy of the weights in a file, overall and by class."""
     model = ResNet()
     (config,) = load(Path(args.eval), model, "config")
     device = open_device(args.device, config["precision"])
     _, split = data.load("synthetic" if config["data"] == "synthetic" else args.data, device)
     model.to(device, memory_format=data.layout(device))
     correct, labels = evaluate(model, split, config["precision"]), split.labels.cpu()
-    print(f"{run_name(config)}: {correct.mean():.2f} %")
+    print(f"{run_name(config)}: {correct.mean():.2f} % of {len(labels):,} test images")
     for number, name in enumerate(data.CLASSES):
         print(f"{name:<10} {correct[labels == number].mean():6.2f} %")
 
