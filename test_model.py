@@ -149,7 +149,7 @@ def test_archive_is_unpacked_whole_or_not_at_all(files, tmp_path, monkeypatch):
 
 
 def test_data_errors_name_what_failed(files, tmp_path):
-    with pytest.raises(data.DataError, match=r"no undamaged CIFAR-10 in .*data, and it cannot be fetch"):
+    with pytest.raises(data.DataError, match=r"no undamaged CIFAR-10 in .*data, and it cannot be"):
         data.load(str(tmp_path / "no" / "data"), CPU)
     assert not list(tmp_path.iterdir())
     (files / "data_batch_2").write_bytes(b"damaged")
