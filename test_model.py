@@ -200,6 +200,8 @@ def test_wrong_gradients_of_a_device_are_noticed():
 
 
 # The command line runs in forks of a server that has imported PyTorch, as that takes seconds.
+# `call` runs train.py there on ten images, and gives its exit code and what it printed. Its hook is
+# a function called first, such as `at`, which interferes at a given moment.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_model"])  # must not ask for CUDA, or its forks cannot use it
 
@@ -236,7 +238,7 @@ def run_main(folder: Path, argv: list[str], hook) -> None:
 
 
 def call(folder: Path, *argv, hook=None) -> SimpleNamespace:
-    """Run train.py on ten images in `folder`, after `hook`: a function, and its arguments."""
+    """Run train.py in `folder`, after `hook`: a function, and its arguments."""
     process = FORKS.Process(target=run_main, args=(folder, [*map(str, argv)], hook), daemon=True)
     process.start()
     process.join(120)
