@@ -849,8 +849,8 @@ def test_numbers_in_the_text():
                                    for seed in ("", "_seed1", "_seed2"))]),
         mean(f"adam/{adam}_betas0.9-0.999_iters5000", 3000),
         mean(f"{wd}005_iters3000", 3000), mean(f"{wd}005_iters8000_seed1", 3000),
+        mean(f"{wd}01_iters8000", 3000),
         *(loss[log][5300] for log in (f"{wd}005_iters8000_seed1", adam, 60.47)),
-        mean(f"{wd}01_iters8000", 2000), mean(60.47, 2000),
         *(x for log, end, theirs in late for x in (right[log][end], theirs)),  # Logs left out
         *span([speedup["cpu", "this code", bs] for bs in ("32", "64", "128", "256")]),  # Speed
         *(speedup[file, f"this code, {how}", bs]
