@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-graph", action="store_true", help="CUDA: plain PyTorch, no CUDA graph")
     add("--log-every", type=int, default=100, help="iterations between lines (%(default)s)")
     add("--eval-every", type=int, default=1000, help="iterations between evaluations (%(default)s)")
-    add("--ckpt-every", type=float, default=60, help="least seconds between checkpoints (60)")
+    add("--ckpt-every", type=float, default=60, help="least seconds between saves (%(default)s)")
     add("--eval", type=home, metavar="FILE", help="test the weights in FILE, train nothing")
     args = parser.parse_args(argv)
     if min(args.bs, args.step, args.iters, args.log_every, args.eval_every) < 1:
