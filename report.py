@@ -1,349 +1,228 @@
-"""The logs of train.py beside the report: tables in Markdown, and Figures 4-8.
+"""The logs of train.py beside the report: tables in Markdown, its Figures 4-8, and one picture.
 
-    python report.py                               # the tables, for the logs in ./logs
-    python report.py --figures logs                # and logs/figure4.png ...; needs matplotlib
-    python report.py --write --figures results     # renew both pages from the logs in results
-
-A log counts when it is complete and has the report's settings, at full length or at 1/n of it
-(run_all.sh --shorten n). Every other log is named with the reason why it does not.
+    python report.py                   # the tables, from the logs in ./logs and its subfolders
+    python report.py --figures logs    # and accuracy.png, figure4.png ... figure8.png; matplotlib
+    python report.py --readme          # renew the pages and figures of this project from results/
 """
 
 import argparse
 import csv
 import math
-import os
-import signal
+import re
 import sys
 from pathlib import Path
-from statistics import fmean, stdev, variance
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-FIXED = {"gamma": "0.2", "momentum": "0.9", "betas": "0.7 0.7", "wd": "0.0001", "data": "cifar10"}
-ARITHMETIC = {"float32": 1.5, "TF32": 1.0, "bf16": 0.6}  # and how wide a figure draws its lines
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]  # Okabe-Ito
-
-
-class Setting(NamedTuple):
-    """What the report varies; `step` is the iterations between two decays of the rate."""
-
-    optimizer: str
-    lr: float
-    bs: int
-    step: int
-    iters: int
-
-
-class Row(NamedTuple):
-    """A row of the report's tables, with its accuracy in percent."""
-
-    table: str
-    accuracy: float
-    setting: Setting
+COLOURS = "#D55E00 #0072B2 #009E73 #CC79A7 #000000 #56B4E9 #E69F00".split()  # Okabe and Ito's
+# What makes a setting, with train.py's defaults; a setting is a tuple of such words.
+USUAL = dict(optimizer="sgd", lr="0.3", bs="128", step="8000", gamma="0.2", momentum="0.9",
+             betas="0.7 0.7", wd="0.0001", iters="32000", data="cifar10")  # fmt: skip
+# How far chance moves the mean of two gaps, the report's and ours, in points. Our seven complete
+# runs, Adam's aside, differ from the report's by 0.64 (root mean square). A gap is between two
+# runs, too: the mean of two gaps varies by 0.64 / sqrt(2) = 0.46, in 95 % by up to 2.4 times that.
+NOISE = 1.1
+SIGNS = "† cut off in its last eighth, > while it still rose; ‡ in float32, the others in TF32."
 
 
 class Run(NamedTuple):
-    """A complete training of ours, at 1/n of the iterations and of the decay step of a row."""
-
-    setting: Setting  # the row's
-    n: int
-    kind: str  # of arithmetic
-    seed: str
-    accuracy: float  # final, in percent
-    loss: dict[int, float]  # {iteration: mean of the hundred iterations that end there}
-    file: str
-    machine: str  # processor and PyTorch's version
+    """What a log tells of a training, ours or the author's."""
+    setting: tuple[str, ...]
+    accuracy: float  # in percent; nan if none is from the last eighth of the iterations
+    text: str  # the accuracy with its SIGNS
+    loss: float  # mean training loss of the 1,000 iterations before that evaluation
+    losses: dict[int, float]  # {iteration: mean training loss since the line before}
 
 
 # ---- reading -------------------------------------------------------------------------------------
-def as_setting(line: dict[str, str]) -> Setting:
-    numbers = (int(line[name]) for name in ("bs", "step", "iters"))
-    return Setting(line["optimizer"], float(line["lr0"]), *numbers)
+def as_setting(words: dict[str, str]) -> tuple[str, ...]:
+    """The setting in a dict by USUAL's names; numbers in one spelling, as Excel has 1E-04."""
+    number = re.compile(r"[\d.]+(e[+-]?\d+)?", re.I)
+    words = [words.get(name) or usual for name, usual in USUAL.items()]  # Adam has no momentum
+    return tuple(number.sub(lambda match: f"{float(match[0]):.12g}", word) for word in words)
 
 
-def read_rows() -> list[Row]:
-    """The rows of the report's tables, from run_all.sh."""
+def read_rows() -> list[tuple[str, float, tuple]]:
+    """Of each row in run_all.sh its table, accuracy in percent (nan where "-"), and setting."""
     script = (HERE / "run_all.sh").read_text(encoding="utf-8")
-    table = script.split("rows='\n# ")[1].split("\n'")[0]
-    lines = csv.DictReader(table.splitlines(), delimiter=" ", skipinitialspace=True)
-    return [Row(line["table"], float(line["accuracy"]), as_setting(line)) for line in lines]
+    rows = re.findall(r"^row +(\w+) +([\d.]+|-) +(.+)", script, re.M)
+    flag = re.compile(r"--(\w+)[ =]+([^-\s]\S*(?: [\d.]+)?)")  # with one value or two
+    return [(table, float(accuracy.replace("-", "nan")), as_setting(dict(flag.findall(flags))))
+            for table, accuracy, flags in rows]  # fmt: skip
 
 
-def read_author() -> dict[Setting, dict[int, float]]:
-    """The losses in the author's own logs of the rows, as a Run has them."""
-    author = {}
-    text = (HERE / "results" / "author.csv").read_text(encoding="utf-8")
-    for line in csv.DictReader(text.splitlines()):
-        if line["gamma"] == FIXED["gamma"]:
-            loss = author.setdefault(as_setting(line), {})
-            loss[int(line["iteration"])] = float(line["loss"])
-    return author
+def read_log(path: Path) -> list[Run]:
+    """The run of a log, or the fifteen of author.csv. Raises an error if it is no whole log."""
+    logs, runs = {}, []
+    lines = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))  # Excel's, too
+    if not lines or any(None in line.values() for line in lines):
+        raise ValueError("empty, or a line is cut off")
+    for line in lines:
+        logs.setdefault(as_setting({**line, "lr": line["lr0"]}), []).append(line)
+    for setting, lines in logs.items():
+        losses = {int(line["iteration"]): float(line["loss"]) for line in lines}
+        tests = {int(x["iteration"]): float(x["test_acc"]) for x in lines if x["test_acc"]}
+        end, iters = max(tests, default=0), int(lines[0]["iters"])
+        accuracy = tests[end] if end >= iters * 7 / 8 else math.nan
+        before = [tests[i] for i in tests if i <= end - iters / 8] or [math.nan]
+        rose = end < iters and accuracy > before[-1] + 0.5
+        # Older logs say tf32 on a CPU, too. The author's, in float32, have no such columns.
+        precision, device = lines[0].get("precision", "fp32"), lines[0].get("device", "")
+        float32 = {"fp32": True, "tf32": device.startswith("cpu")}[precision]
+        text = f"{'>' * rose}{accuracy:.2f}{'†' * (end < iters)}{'‡' * float32}"
+        loss = fmean([losses[i] for i in losses if end - 1000 < i <= end] or [math.nan])
+        runs.append(Run(setting, accuracy, text, loss, losses))
+    return runs
 
 
-def arithmetic(line: dict[str, str]) -> str:
-    """CPUs and Apple's MPS have no TF32: what is trained there as `tf32` is float32."""
-    tf32 = "float32" if line["device"].startswith(("cpu", "mps")) else "TF32"
-    return {"fp32": "float32", "tf32": tf32, "bf16": "bf16"}[line["precision"]]
-
-
-def read_log(path: Path, rows: list[Row]) -> Run:
-    """A log's run. Raises ValueError or LookupError if it does not count."""
-    text = path.read_text(encoding="utf-8")
-    text = text[: text.rfind("\n") + 1]  # a last line without its end is still being written
-    lines = list(csv.DictReader(text.splitlines(), restval=""))
-    if not lines:
-        raise ValueError("incomplete: no line yet")
-    (own, seed, kind), *more = {(as_setting(x), x["seed"], arithmetic(x)) for x in lines}
-    if more:
-        raise ValueError("more than one setting, seed or arithmetic in it")
-    last = lines[-1]
-    if last["iteration"] != last["iters"] or not last["test_acc"]:
-        raise ValueError("incomplete: iteration {iteration}/{iters}, loss {loss}".format_map(last))
-    others = [f"{name} {last[name]}" for name in FIXED if last[name] not in ("", FIXED[name])]
-    if others:
-        raise ValueError(f"other settings: {', '.join(others)}")
-    sums, start = {0: 0.0}, 0  # {iteration: sum of the losses until there}
-    for end, line in sorted({int(line["iteration"]): line for line in lines}.items()):
-        sums[end] = sums[start] + float(line["loss"]) * (end - start)
-        start = end
-    loss = {i: (sums[i] - sums[i - 100]) / 100 for i in sums if i - 100 in sums and i % 100 == 0}
-    machine = ", then ".join(dict.fromkeys(f"{x['device']}, PyTorch {x['torch']}" for x in lines))
-    for row in rows:  # the extended run comes last: at 1/2 it is the full run of step 5000
-        n = row.setting.iters // own.iters
-        if own._replace(step=own.step * n, iters=own.iters * n) == row.setting:
-            accuracy = float(last["test_acc"])
-            return Run(row.setting, n, kind, seed, accuracy, loss, path.name, machine)
-    raise ValueError("not a row of the tables")
-
-
-def collect(folder: Path, rows: list[Row]) -> tuple[list[Run], list[str]]:
-    """The runs of a folder's logs, in the rows' order, and a line on each log left out."""
-    runs, left_out = {}, []
-    logs = [path for path in folder.iterdir() if path.suffix == ".csv" and path.stem != "author"]
-    for path in sorted(logs):
+def read_logs(folder: Path) -> list[Run]:
+    """The runs of all logs in a folder and below; names on stderr what is no whole log."""
+    runs = []
+    for path in sorted(folder.rglob("*_seed*.csv")):
         try:
-            run = read_log(path, rows)
-            same = runs.setdefault(run[:4], run)  # setting, n, kind and seed
-            if same is not run:
-                raise ValueError(f"same settings and seed as {same.file}")
-        except (OSError, ValueError, ArithmeticError, csv.Error) as error:
-            left_out.append(f"- `{path.name}`: {error}")
-        except LookupError as error:
-            left_out.append(f"- `{path.name}`: damaged: {error!r}")
-    order = [row.setting for row in rows]
-    return sorted(runs.values(), key=lambda run: (order.index(run.setting), run.n)), left_out
+            runs += [run for run in read_log(path) if run not in runs]  # a copy is no second run
+        except (ValueError, KeyError, csv.Error) as error:
+            print(f"report.py: {path} is left out, no whole log: {error!r}", file=sys.stderr)
+    return runs
 
 
-# ---- the page ------------------------------------------------------------------------------------
-def t_quantile(dof: float) -> float:
-    """The t that |T| exceeds in 5 % of cases, for Student's T with dof >= 1 degrees of freedom."""
-    # T = sqrt(dof) * tan(angle), and the angle's density is as cos(angle) ** (dof - 1).
-    width = math.pi / 2 / 20_000
-    areas = [math.cos((i + 0.5) * width) ** (dof - 1) for i in range(20_000)]
-    missing = 0.95 * sum(areas)
-    for i, area in enumerate(areas):
-        if missing <= area:
-            return math.sqrt(dof) * math.tan((i + missing / area) * width)
-        missing -= area
+# ---- the tables ----------------------------------------------------------------------------------
+def label(setting: tuple, others=(("", "", "", "", *list(USUAL.values())[4:]),)) -> str:
+    """A setting in words: what tells it from others, else the report's four and the unusual."""
+    told = [i for i, word in enumerate(setting) if any(word != other[i] for other in others)]
+    return ", ".join(f"{list(USUAL)[i]} {setting[i]}" if i else setting[0] for i in told)
 
 
-def welch(a: list[float], b: list[float]) -> float:
-    """Half of Welch's 95 % interval of mean(a) - mean(b), from two or more values of each."""
-    va, vb = variance(a) / len(a), variance(b) / len(b)  # squared standard errors of the means
-    if va == vb == 0:
-        return math.inf  # no noise was seen, so nothing bounds it
-    dof = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return t_quantile(dof) * math.sqrt(va + vb)
+def ours(runs: list[Run], setting: tuple) -> tuple[str, float, float]:
+    """A setting's accuracies as a cell, their mean, and the mean of the runs' losses."""
+    own = [run for run in runs if run.setting == setting and run.accuracy >= 0]
+    own = [run for run in own if run.text[0] != ">"] or own  # a bound only for want of a value
+    values = [run.accuracy for run in own] or [math.nan]
+    cell = ", ".join(sorted((run.text for run in own), key=lambda text: "†" in text))
+    if len(own) > 2:
+        signs = "".join(sign for sign in "†‡" if sign in cell)
+        bound = ">" * (cell[0] == ">")
+        cell = f"{bound}{fmean(values):.2f} ± {stdev(values):.2f} ({len(own)}){signs}"
+    return cell, fmean(values), fmean([run.loss for run in own] or [math.nan])
 
 
-def markdown(table: list[list[str]]) -> str:
-    """A table, its header first, in Markdown; a column without any value is left out."""
-    columns = [column for column in zip(*table) if any(column[1:])]
-    lines = ["| " + " | ".join(cells) + " |" for cells in zip(*columns)]
-    lines.insert(1, "|---" * len(columns) + "|")
-    return "\n".join(lines) if columns else "None yet."
+def markdown(header: str, rows: list[list[str]]) -> str:
+    """A table; a cell that is no number (nan) is empty, a column of such cells left out."""
+    rows = [[re.sub(".*nan", "", cell) for cell in row] for row in rows]
+    columns = zip(header.split(" | "), 9 * ["---"], *rows)
+    columns = [column for column in columns if any(column[2:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns))
 
 
-def several(values: list[float], digits: int = 2) -> str:
-    """Up to two values as they are; from three on their mean ± sample deviation (how many)."""
-    if len(values) < 3:
-        return ", ".join(f"{value:.{digits}f}" for value in values)
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)})"
+def accuracies(settings, rows: list[tuple], runs: list[Run], author: list[Run]) -> str:
+    """A line for each setting: the report's accuracy and ours, the author's loss and ours."""
+    header = "Setting | Report | Ours | Ours - report | Author's loss | Our loss | Tables"
+    lines = []
+    for setting in dict.fromkeys(settings):
+        (cell, mean, loss), theirs = ours(runs, setting), ours(author, setting)[2]
+        report = [value for _, value, own in rows if own == setting] or [math.nan]
+        gap = f"{'>' * (cell[:1] == '>')}{mean - report[0]:+.2f}"
+        tables = ", ".join(table for table, _, own in rows if own == setting)
+        losses = f"{theirs:#.3g}", f"{loss:#.3g}"
+        lines.append([label(setting), f"{report[0]:.2f}", cell, gap, *losses, tables])
+    return markdown(header, lines)
 
 
-def names(settings: list[Setting], differ: bool = True) -> list[str]:
-    """Each setting by what differs between them, as in "lr 0.1", or by what does not."""
-    fields = zip(Setting._fields, zip(*settings))
-    chosen = [name for name, values in fields if (len(set(values)) > 1) == differ]
-    return [", ".join(f"{name} {getattr(one, name)}" for name in chosen) for one in settings]
+def conclusions(rows: list[tuple], runs: list[Run]) -> str:
+    """A line for each conclusion of the report: its gap, ours, and whether it holds."""
+    rows = sorted((row for row in rows if row[1] > 0), key=lambda row: row[1])
+    best, table4 = {row[0]: row for row in rows}, [row for row in rows if row[0] == "4"]
+    claims = [(best[row[0]], row) for row in rows if row != best[row[0]]]
+    claims += [(row, table4[0]) for row in table4[1:-1]]  # Adam has the lowest accuracy
+    claims += [(row, best["7"]) for row in rows if row[0] == "extended"]  # better than Table 8's
+    lines = []
+    for (table, high, better), (_, low, worse) in sorted(claims, key=lambda claim: claim[0][0]):
+        theirs, own = high - low, ours(runs, better)[1] - ours(runs, worse)[1]
+        both = (theirs + own) / 2
+        verdict = "holds" if both > NOISE else "reversed" if both < -NOISE else "open"
+        verdict = "no run" if math.isnan(own) else verdict
+        told = " over ".join(label(setting, [better, worse]) for setting in (better, worse))
+        lines.append([told, verdict, f"{theirs:+.2f}", f"{own:+.2f}", table])
+    return markdown("Conclusion | Verdict | Report's gap | Our gap | Table", lines)
 
 
-def finals(runs: list[Run], row: Row, kind: str) -> list[float]:
-    """The accuracies of a row's full-length runs in one arithmetic."""
-    return [run.accuracy for run in runs if run[:3] == (row.setting, 1, kind)]
-
-
-def summary(rows: list[Row], runs: list[Run]) -> str:
-    """Two sentences for each arithmetic, and a table of the report's accuracies beside ours."""
-    table = [["Table", *Setting._fields, "Report, %"]]
-    table += [[row.table, *map(str, row.setting), f"{row.accuracy:.2f}"] for row in rows]
-    text, settings = "", {row.setting for row in rows}  # some are in two tables
-    for kind in ARITHMETIC:
-        table[0] += [f"Ours in {kind}, %", "Difference", "95 % for one more run"]
-        gaps = {}
-        for row, cells in zip(rows, table[1:]):
-            ours, difference, interval = finals(runs, row, kind), "", ""
-            if ours:
-                gaps[row.setting] = gap = fmean(ours) - row.accuracy
-                difference = f"{gap:+.2f}"
-            if len(ours) >= 3:
-                half = t_quantile(len(ours) - 1) * stdev(ours) * math.sqrt(1 + 1 / len(ours))
-                interval = f"± {half:.2f}, report {'inside' if abs(gap) <= half else 'outside'}"
-            cells += [several(ours), difference, interval]
-        if gaps:
-            text += f"In {kind}, {len(gaps)} of {len(settings)} settings ran at full length. The "
-            text += f"largest difference is {max(gaps.values(), key=abs):+.2f} points.\n"
-    return (text or "No full-length run yet.\n") + "\n" + markdown(table)
-
-
-def verdicts(rows: list[Row], runs: list[Run]) -> str:
-    """A table of what the report concludes, and what our full-length runs say of it."""
-    rising = sorted(rows, key=lambda row: row.accuracy)
-    best = {row.table: row for row in rising}  # the last of a table stays
-    claims = [(best[row.table], row) for row in rows if row != best[row.table]]
-    claims += [(row, rows[0]) for row in rows[1:3]]  # Adam is the lowest of Table 4
-    claims += [(rows[-1], best["7"])]  # the extended run against Table 8's
-    table = [["Table", "Better", "Worse", "Gap in the report", "Our gap and its 95 % interval",
-              "Arithmetic", "Runs of each", "Verdict"]]  # fmt: skip
-    for better, worse in sorted(claims, key=lambda claim: claim[0].table):
-        both = {kind: [finals(runs, row, kind) for row in (better, worse)] for kind in ARITHMETIC}
-        # The arithmetic with most runs of the side that has fewer, then of the other side.
-        kind, (a, b) = max(both.items(), key=lambda item: sorted(map(len, item[1])))
-        ours, word = "", "not tested"
-        if a and b:
-            gap = fmean(a) - fmean(b)
-            ours = f"{gap:+.2f}"
-        if len(a) >= 2 and len(b) >= 2:
-            half = welch(a, b)
-            ours += f" ({gap - half:+.2f} to {gap + half:+.2f})"
-            word = "supported" if gap > half else "contradicted" if gap < -half else "undecided"
-        theirs = f"{better.accuracy - worse.accuracy:+.2f}"
-        cells = [better.table, *names([better.setting, worse.setting]), theirs, ours]
-        table.append([*cells, kind if a or b else "", f"{len(a)}, {len(b)}", word])
-    return markdown(table)
-
-
-def starts(runs: list[Run]) -> str:
-    """A table of the losses just before the first decay of our shortest run of each setting."""
-    author = read_author()
-    table = [[*Setting._fields, "Iteration", "Author's loss"]]
-    table[0] += [f"Ours in {kind}" for kind in ARITHMETIC]
-    runs = [run for run in runs if run.loss and run.setting.step // run.n >= 100]
-    for setting in dict.fromkeys(run.setting for run in runs):
-        ours = [run for run in runs if run.setting == setting]
-        end = setting.step // ours[-1].n // 100 * 100  # the last is the shortest
-        cells = [*map(str, setting), str(end), f"{author[setting][end]:.3f}"]
-        for kind in ARITHMETIC:
-            losses = [run.loss[end] for run in ours if run.kind == kind and end in run.loss]
-            cells.append(several(losses, digits=3))
-        table.append(cells)
-    return markdown(table)
-
-
-def all_runs(runs: list[Run]) -> str:
-    """A table of our runs, with links to their logs; only full-length ones show an accuracy."""
-    table = [["Log", "Seed", "Arithmetic", "Accuracy, %", "Processor and PyTorch"]]
-    for run in runs:
-        final = f"{run.accuracy:.2f}" if run.n == 1 else ""
-        table.append([f"[{run.file}]({run.file})", run.seed, run.kind, final, run.machine])
-    return markdown(table)
-
-
-# ---- figures -------------------------------------------------------------------------------------
-def draw_panel(ax, n: int, settings: list[Setting], runs: list[Run]) -> None:
-    """Draw the author's losses dashed, and the mean and the range of ours at 1/n solid."""
-    author = read_author()
-    for setting, name, color in zip(settings, names(settings), COLOURS):
-        end = setting.iters if n == 1 else setting.step // n
-        curves = [("author", [author[setting]], {"ls": "--", "lw": 1})]
-        for kind, width in ARITHMETIC.items():
-            losses = [run.loss for run in runs if run[:3] == (setting, n, kind)]
-            curves.append((f"ours in {kind}", losses, {"lw": width}))
-        for label, losses, style in curves:
-            x = [i for i in range(100, end + 1, 100) if all(i in loss for loss in losses)]
-            if losses and len(x) > 1:  # else there is no line to see
-                y = [[loss[i] for loss in losses] for i in x]
-                ax.plot(x, [*map(fmean, y)], color=color, label=f"{name}, {label}", **style)
-                ax.fill_between(x, [*map(min, y)], [*map(max, y)], color=color, alpha=0.25, lw=0)
-    ax.set(xlabel="iteration", ylabel="training loss")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+# ---- the figures ---------------------------------------------------------------------------------
+def new_axes(height: float, title: str):
+    """One panel, to be read on a phone, too, that looks alike whatever the user's own style is."""
+    import matplotlib.figure
+    matplotlib.rcdefaults()
+    ax = matplotlib.figure.Figure(figsize=(5.4, height), dpi=140, layout="constrained").subplots()
+    ax.figure.suptitle(title, x=0.01, ha="left")
     ax.grid(color="0.9")
-    title = f"ours at 1/{n}, until their first decay"
-    if n == 1:
-        title = "full length" if len(ax.lines) > len(settings) else "no full-length run yet"
-        ax.set_yscale("log", subs=(2, 5))
-        ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-    ax.set_title(title, loc="left")
+    return ax
 
 
-def draw_figure(number: int, rows: list[Row], runs: list[Run]):
-    """The report's Figure 4, 5, 6 or 7, of that table's rows, or 8, as a matplotlib Figure."""
-    from matplotlib.figure import Figure
-
-    settings = [row.setting for row in rows if row.table == str(number)]
-    if number == 8:  # Table 8's run and the extended one, the report's two best
-        settings = [row.setting for row in sorted(rows, key=lambda row: row.accuracy)[-2:]]
-    ours = [run for run in runs if run.setting in settings and run.loss]
-    divisors = sorted({1} | {run.n for run in ours if run.setting.step // run.n >= 200})
-    figure = Figure(figsize=(10, 0.5 + 3.5 * len(divisors)), dpi=150, layout="constrained")
-    for ax, n in zip(figure.subplots(len(divisors), squeeze=False)[:, 0], divisors):
-        draw_panel(ax, n, settings, ours)
-    same = names(settings, differ=False)[0]
-    figure.suptitle(f"Figure {number}: training loss, {same}", x=0.01, ha="left")
-    return figure
-
-
-# ---- the command line ----------------------------------------------------------------------------
-def renew(page: Path, parts: dict[str, str]) -> None:
-    """Put each part between its markers in a page."""
-    text = page.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if start in text:
-            text = text.split(start)[0] + start + part + end + text.split(end)[1]
-    page.write_text(text, encoding="utf-8", newline="\n")
+def draw_losses(number: int, rows: list[tuple], runs: list[Run], author: list[Run]):
+    """Figure 4, 5, 6 or 7, of that table's settings, or 8, of Table 8's and the extended run."""
+    table = "extended" if number == 8 else str(number)
+    drawn = [as_setting({})] if number == 8 else []  # Table 8 has train.py's defaults
+    drawn += [setting for name, _, setting in rows if name == table]
+    ax = new_axes(3.8, f"Figure {number}: author's logs broad and pale, ours thin")
+    for setting, colour in zip(drawn, 9 * COLOURS):
+        ax.plot([], [], color=colour, label=label(setting, drawn))
+        for whose, style in ((author, {"lw": 3.5, "alpha": 0.3}), (runs, {"lw": 0.8})):
+            for run in (run for run in whose if run.setting == setting):
+                ax.plot(*zip(*run.losses.items()), color=colour, **style)
+    ax.set(xlabel="iteration", ylabel="training loss", xlim=(0, None))
+    ax.set_yscale("log", subs=(2, 5))
+    ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    ax.legend(frameon=False)
+    return ax
 
 
-def main() -> None:
-    raw, home = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # ~ is the home folder
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"report.py: {message} (--help)\n")
-    parser.add_argument("--logs", type=home, default="logs", help="folder of logs (./logs)")
-    parser.add_argument("--figures", type=home, help="folder for figure4.png ... figure8.png")
-    parser.add_argument("--write", action="store_true", help="renew both pages, from ./results")
-    args = parser.parse_args()
-    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)  # `| head` may end it
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale is
-    folder = HERE / "results" if args.write else Path(args.logs)
-    if not folder.is_dir():
-        sys.exit(f"report.py: no folder {folder}: train first, or try --logs results")
+def draw_accuracies(rows: list[tuple], runs: list[Run]):
+    """A line for each setting: the report's accuracies, and ours, hollow if cut off."""
+    settings = list(dict.fromkeys(setting for *_, setting in rows))[::-1]  # the first on top
+    ax = new_axes(1 + 0.25 * len(settings), "Test accuracy, %: report |, ours ●, cut off ○")
+    for _, accuracy, setting in rows:
+        ax.plot(100 - accuracy, settings.index(setting), "|", color="black", ms=14, mew=2)
+    for run in (run for run in runs if run.setting in settings):
+        face = "white" if "†" in run.text else COLOURS[1]
+        ax.plot(100 - run.accuracy, settings.index(run.setting), "o", color=COLOURS[1], mfc=face)
+    ax.set_xscale("log")  # of the error: so 60 % and 93 % share a picture
+    ax.set_xticks([40, 30, 20, 15, 10, 8, 6], [60, 70, 80, 85, 90, 92, 94])
+    ax.minorticks_off()
+    ax.set_yticks(range(len(settings)), [re.sub(", i", ",\ni", label(own)) for own in settings])
+    ax.invert_xaxis()
+    return ax
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The logs of train.py beside the report.")
+    parser.add_argument("--logs", type=Path, default="logs", help="folder of logs (./logs)")
+    parser.add_argument("--figures", type=Path, help="folder for the figures (none are drawn)")
+    parser.add_argument("--readme", action="store_true", help="renew the pages, from results")
+    args = parser.parse_args(argv)
+    if args.readme:
+        args.logs = args.figures = HERE / "results"
+    if not args.logs.is_dir():
+        sys.exit(f"report.py: no folder {args.logs}: train first, or try --logs results")
     try:
-        rows = read_rows()
-        runs, left_out = collect(folder, rows)
-        parts = {"summary": summary(rows, runs), "verdicts": verdicts(rows, runs),
-                 "start of training": starts(runs), "runs": all_runs(runs),
-                 "logs left out": "\n".join(left_out) or "None."}  # fmt: skip
+        rows, author = read_rows(), read_log(HERE / "results" / "author.csv")
+        runs = read_logs(args.logs)
+        settings = [setting for *_, setting in rows]
+        others = [run.setting for run in runs if run.accuracy >= 0 and run.setting not in settings]
+        parts = {"results": f"{accuracies(settings, rows, runs, author)}\n\n{SIGNS}",
+                 "conclusions": conclusions(rows, runs),
+                 "other runs": accuracies(others, rows, runs, author)}  # fmt: skip
+        print("\n\n".join(filter(None, parts.values())))
         if args.figures:
-            for number in range(4, 9):
-                path = Path(args.figures, f"figure{number}.png")
-                draw_figure(number, rows, runs).savefig(path, metadata={"Software": None})
-        if args.write:
-            renew(HERE / "README.md", parts)
-            renew(HERE / "results" / "README.md", parts)
-        print("\n\n".join(f"## {name.capitalize()}\n\n{part}" for name, part in parts.items()))
-    except ImportError:
-        sys.exit("report.py: the figures need matplotlib: pip install matplotlib")
-    except OSError as error:
+            figures = {f"figure{n}": draw_losses(n, rows, runs, author) for n in range(4, 9)}
+            for name, ax in {**figures, "accuracy": draw_accuracies(rows, runs)}.items():
+                ax.figure.savefig(args.figures / f"{name}.png", metadata={"Software": None})
+        for page in (HERE / "README.md", HERE / "results/README.md") if args.readme else ():
+            text = page.read_text(encoding="utf-8")
+            for name, part in parts.items():
+                marks = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+                text = re.sub(marks, rf"\g<1>{part}\g<2>", text, flags=re.S)
+            page.write_text(text, encoding="utf-8", newline="\n")
+    except (ImportError, OSError, UnicodeError) as error:
         sys.exit(f"report.py: {error}")
 
 

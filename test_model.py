@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from torchvision.transforms import functional as TF
 import bench
 import data
 import model
+import report
 import train
 
 torch.set_num_threads(1)  # small batches need no more, and rounding depends on it
@@ -532,7 +534,7 @@ def test_bad_checkpoint_or_weights_are_one_line_and_left_alone(monkeypatch, caps
             assert f"cannot use {path}" in error_of(capsys, *flags)
     for other in ({"gamma": 0.1}, {"device": "cuda"}, {"precision": "tf32"}):
         torch.save(saved | {"config": saved["config"] | other}, path)
-        assert "other settings or another --device" in error_of(capsys, *SHORT)
+        assert f"was saved with {other}: see --device" in error_of(capsys, *SHORT)
     assert path.exists() and not Path("exploded").exists()
     assert "none.pt" in error_of(capsys, "--eval", "none.pt")
 
@@ -628,7 +630,106 @@ def test_killed_it_leaves_nothing_running(run_all):
 
 
 # ---- report.py -----------------------------------------------------------------------------------
-# (its tests go here)
+TABLE8 = "sgd,0.3,128,8000,0.2,0.9,,0.0001,32000,0,cifar10,tf32,NVIDIA H200"
+
+
+def write_log(name: str, tests: dict, *changes: tuple[str, str]) -> None:
+    """A log of Table 8's setting, or a changed one: {iteration: accuracy}, one in each line."""
+    words = TABLE8
+    for old, new in changes:
+        words = words.replace(old, new)
+    lines = [train.HEADER, *(f"{words},2.6,{i},0.1,0.25,{tests[i]},9.5\n" for i in tests)]
+    Path(name).write_text("".join(lines), encoding="utf-8-sig")  # as a spreadsheet saves it
+
+
+def test_tables_of_made_up_logs(capsys):
+    for seed, accuracy in enumerate((92, 93, 94)):
+        write_log(f"a_seed{seed}.csv", {32000: accuracy}, ("0.0001", "1E-04"))
+        write_log(f"b_seed{seed}.csv", {3200: accuracy}, ("32000", "3200"))
+    shutil.copytree(".", "copies")  # are no further runs
+    write_log("late_seed0.csv", {28000: 90.5, 31000: 90.8}, ("8000", "4000"))
+    write_log("early_seed0.csv", {27900: 93}, ("8000", "10000"))
+    write_log("cpu_seed0.csv", {32000: 91.5}, ("8000", "5000"), ("NVIDIA H200", "cpu 2 threads"))
+    adam = ("sgd,0.3,128,8000,0.2,0.9,", "adam,0.1,64,5000,0.2,,0.7 0.7")
+    write_log("adam_seed0.csv", {24000: 70, 28000: 76}, adam)
+    report.main(["--logs", "."])
+    out = capsys.readouterr().out
+    for line in """adam, lr 0.1, bs 64, step 5000 | 60.47 | >76.00† | >+15.53 | 1.14 | 0.250 | 4 |
+sgd, lr 0.3, bs 128, step 5000 | 91.07 | 91.50‡ | +0.43 | 0.0312 | 0.250 | 6, 7 |
+sgd, lr 0.3, bs 128, step 4000 | 89.83 | 90.80† | +0.97 | 0.0584 | 0.250 | 7 |
+sgd, lr 0.3, bs 128, step 8000 | 92.65 | 93.00 ± 1.00 (3) | +0.35 | 0.00461 | 0.250 | 7 |
+sgd, lr 0.3, bs 128, step 10000 | 92.14 |  |  | 0.00604 |  | 7 |
+sgd, lr 0.3, bs 128, step 8000, iters 3200 | 93.00 ± 1.00 (3) | 0.250 |
+step 8000 over step 10000 | no run | +0.51 |  | 7 |""".splitlines():
+        assert f"\n| {line}\n" in f"{out}\n"
+
+
+@pytest.mark.parametrize("gap, verdict", [(1.7, "holds"), (1.6, "open"), (-2.8, "reversed")])
+def test_verdict_is_that_of_the_mean_of_both_gaps(gap, verdict, capsys):
+    write_log("a_seed0.csv", {32000: 92})
+    write_log("b_seed0.csv", {32000: 92 - gap}, ("8000", "10000"))
+    report.main(["--logs", "."])
+    line = f"| step 8000 over step 10000 | {verdict} | +0.51 | {gap:+.2f} | 7 |"
+    assert f"\n{line}\n" in capsys.readouterr().out
+
+
+def test_own_row_and_defaults(tmp_path, monkeypatch):
+    row = "row 7 - --lr 0.3 --step 6000 --wd 1e-3  # my own\n"
+    Path("run_all.sh").write_text((HERE / "run_all.sh").read_text() + row)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    write_log("a_seed0.csv", {32000: 91}, ("8000", "6000"), ("0.0001", "0.001"))
+    rows, runs = report.read_rows(), report.read_logs(tmp_path)
+    own = "sgd, lr 0.3, bs 128, step 6000, wd 0.001"
+    assert f"\n| {own} | 91.00 | 0.250 | 7 |" in report.accuracies([rows[-1][2]], rows, runs, [])
+    for optimizer in ("sgd", "adam"):
+        config = train.make_config(train.parse_args(["--optimizer", optimizer]))
+        words = {name: str(word) for name, word in config.items()}
+        usual = report.USUAL | {"optimizer": optimizer}
+        assert report.as_setting(words | {"lr": words["lr0"]}) == tuple(usual.values())
+
+
+def test_broken_logs_are_named_and_left_out(capsys):
+    write_log("good_seed0.csv", {32000: 92})
+    good = Path("good_seed0.csv").read_text()
+    for text in ("", good.split("\n")[0], good[:-6], "a,b\n1,2\n", "\0"):
+        Path("bad_seed0.csv").write_text(text)
+        report.main(["--logs", "."])
+        out, err = capsys.readouterr()
+        assert "| 92.65 | 92.00 |" in out
+        assert err.startswith("report.py: bad_seed0.csv is left out") and err.count("\n") == 1
+    with pytest.raises(SystemExit, match="report.py: no folder none"):
+        report.main(["--logs", "none"])
+
+
+def test_pages_have_the_tables_of_the_committed_logs(capsys):
+    report.main(["--logs", str(HERE / "results")])
+    results, signs, conclusions, *_ = capsys.readouterr().out.split("\n\n")
+    assert f"\n{results}\n\n{signs}\n" in (HERE / "README.md").read_text(encoding="utf-8")
+    assert f"\n{conclusions}\n" in (HERE / "results/README.md").read_text(encoding="utf-8")
+
+
+def test_figures_have_all_runs_of_their_settings(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = HERE / "results"
+    rows, runs, author = report.read_rows(), report.read_logs(folder), folder / "author.csv"
+    for number, settings, names in (
+        (4, 4, r"\w+_lr0.1_bs64_step5000"),
+        (5, 3, r"sgd_lr0.\d_bs64_step5000"),
+        (6, 4, r"sgd_lr0.3_bs\d+_step5000"),
+        (7, 4, r"sgd_lr0.3_bs128_step\d+"),
+        (8, 2, r"sgd_lr0.3_bs128_(step8000|step10000_iters64000)"),
+    ):
+        lines = report.draw_losses(number, rows, runs, report.read_log(author)).lines
+        ends = [(x[-1], y[-1]) for x, y in (line.get_data() for line in lines) if len(x)]
+        for path in folder.rglob("*.csv"):
+            if re.fullmatch(rf"{names}(_fp32)?_seed\d+", path.stem):
+                last = read_log(path)[-1]
+                ends.remove((int(last["iteration"]), float(last["loss"])))
+        assert len(ends) == settings  # the author's
+    dots = report.draw_accuracies(rows, runs).lines
+    assert sum(line.get_marker() == "|" for line in dots) == 16 < len(dots)
+    report.main(["--logs", str(folder), "--figures", "."])
+    assert len(list(tmp_path.glob("*.png"))) == 6
 
 
 # ---- bench.py, and CUDA --------------------------------------------------------------------------

@@ -226,17 +226,17 @@ def lock(file) -> None:
 
 
 # ---- a run ---------------------------------------------------------------------------------------
-def resume(ckpt_path: Path, log, config: dict, model: ResNet, optimizer: optim.Optimizer) -> dict:
+def resume(path: Path, log, config: dict, model: ResNet, optimizer: optim.Optimizer) -> dict:
     """Bring all to where the checkpoint is, the log included; a new run first saves one."""
-    if not ckpt_path.exists():
+    if not path.exists():
         if log.tell() > len(HEADER):
             fail(f"{log.name} has no checkpoint; move it away to train it again")
         run = {"config": config, "iteration": 0, "logged": 0, "loss_sum": 0.0, "seconds": 0.0}
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save(ckpt_path, run | states | {"lines": HEADER})
-    run = load(ckpt_path, model)
+        save(path, run | states | {"lines": HEADER})
+    run = load(path, model)
     if run["config"] != config:
-        fail(f"{ckpt_path} has other settings or another --device: {run['config']}")
+        fail(f"{path} was saved with {dict(run['config'].items() - config.items())}: see --device")
     optimizer.load_state_dict(run["optimizer"])
     log.truncate(0)
     log.write(run["lines"])
