@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 LOAD = data.load
 no_cifar10 = not (HERE / "data" / CIFAR10.base_folder).exists()
-unix = pytest.mark.skipif(os.name == "nt", reason="needs bash and signals")
+unix = pytest.mark.skipif(os.name == "nt", reason="needs signals and locks")
 OPTIMIZERS = {  # with the settings of SHORT; each adds the weight decay to the gradient
     "sgd": partial(torch.optim.SGD, momentum=0.8),
     "adam": partial(torch.optim.Adam, betas=(0.6, 0.9)),
@@ -52,38 +52,31 @@ def few_images(source: str, device: torch.device) -> list[data.Split]:
     return [data.Split(*(x[:n] for x in split)) for n, split in zip((10, 11), LOAD(source, device))]
 
 
-class SmallNetwork(torch.nn.Sequential):
-    """A convolution with batch norm and a linear layer, for all that is not about the report's."""
-
-    def __init__(self):
-        layers = model.conv_bn(3, 8, 3, 4), torch.nn.Flatten(), torch.nn.ReLU()
-        super().__init__(*layers, torch.nn.Linear(512, 10))
+def small_network() -> torch.nn.Module:
+    """For all that is not about the report's."""
+    layers = model.conv_bn(3, 8, 3, 4), torch.nn.Flatten(), torch.nn.ReLU()
+    return torch.nn.Sequential(*layers, torch.nn.Linear(512, 10))
 
 
 @pytest.fixture(autouse=True)
 def takes(monkeypatch, tmp_path):
-    """A small network, few images, a folder and a clock for each test.
-
-    The clock stands still but in some of train.py's functions; `takes` lets one take more seconds.
-    """
+    """A small network, few images, a folder, and a clock that some of train.py's functions move."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", few_images)
-    monkeypatch.setattr(train, "ResNet", SmallNetwork)
-    now = [1000.0]
-    monkeypatch.setattr(train, "clock", lambda: now[0])
+    monkeypatch.setattr(train, "ResNet", small_network)
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(train, "clock", lambda: clock.now)
 
-    def takes(name: str, seconds: float) -> None:
+    def takes(seconds: float, name: str) -> None:
         function = getattr(train, name)
 
         def slow(*args):
-            now[0] += seconds
+            clock.now += seconds
             return function(*args)
 
         monkeypatch.setattr(train, name, slow)
 
-    takes("train_batch", 40)
-    takes("evaluate", 500)
-    takes("save", 6000)
+    takes(40, "train_batch"), takes(500, "evaluate"), takes(6000, "save")
     return takes
 
 
@@ -91,22 +84,16 @@ def read_log(path: Path) -> list[dict]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+def digest(state: dict) -> str:
+    """Of a network's weights, to the bit."""
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in state.values())).hexdigest()
+
+
 def outcome(folder: str = "logs") -> dict:
-    """A run's files, by their endings: the lines of the log, a digest of weights to the bit."""
-    files = {}
-    for path in Path(folder).iterdir():
-        if path.suffix == ".csv":
-            files[".csv"] = read_log(path)
-        else:
-            weights = torch.load(path, weights_only=True)["model"].values()
-            assert all(x.is_contiguous() for x in weights)
-            files[path.suffix] = digest(weights)
-    return files
-
-
-def digest(tensors) -> str:
-    content = b"".join(x.contiguous().numpy().tobytes() for x in tensors)
-    return hashlib.sha256(content).hexdigest()
+    """A run's files, by their endings: the text of the log, the digest of weights."""
+    files = {path.suffix: path for path in Path(folder).iterdir()}
+    weights = torch.load(files[".pt"], weights_only=True)["model"]
+    return files | {".csv": files[".csv"].read_text(), ".pt": digest(weights)}
 
 
 def error_of(capsys, *argv, status: int = 1) -> str:
@@ -216,7 +203,7 @@ def recomputation(name: str) -> dict:
     """What outcome gives for SHORT, with torch.optim alone; an epoch is of 4, 4 and 2 images."""
     training, test = few_images("synthetic", CPU)
     torch.manual_seed(1)
-    network = SmallNetwork().to(memory_format=torch.channels_last)
+    network = small_network().to(memory_format=torch.channels_last)
     optimizer = OPTIMIZERS[name](network.parameters(), lr=0.01, weight_decay=0.01)
     plans = [data.epoch_plan(training, seed=1, epoch=epoch).split(4, dim=1) for epoch in (0, 1)]
     losses, accuracies = [], []
@@ -232,46 +219,33 @@ def recomputation(name: str) -> dict:
             guess = network.eval()(data.scale(test.images)).argmax(1)
         network.train()
         accuracies.append(f"{100 * (guess == test.labels).double().mean():.2f}")
-    settings = "optimizer,lr0,bs,step,gamma,momentum,betas,wd,iters,seed,data,precision,device,torch"
+    columns = "optimizer,lr0,bs,step,gamma,momentum,betas,wd,iters,seed,data,precision,device,torch"
     momentum, betas = "0.8" if name == "sgd" else "", "0.6 0.9" if name == "adam" else ""
-    words = f"{name},0.01,4,3,0.5,{momentum},{betas},0.01,5,1,synthetic,fp32,cpu 1 threads"
-    constant = dict(zip(settings.split(","), [*words.split(","), torch.__version__]))
-    columns = "iteration lr loss test_acc seconds".split()
-    lines = [
-        ("2", "0.01", f"{(losses[0] + losses[1]) / 2:.6f}", "", "80.00"),
-        ("4", "0.005", f"{(losses[2] + losses[3]) / 2:.6f}", accuracies[3], "160.00"),
-        ("5", "0.005", f"{losses[4]:.6f}", accuracies[4], "200.00"),
-    ]
-    log = [constant | dict(zip(columns, line)) for line in lines]
-    return {".csv": log, ".pt": digest(network.state_dict().values())}
+    settings = f"{name},0.01,4,3,0.5,{momentum},{betas},0.01,5,1,synthetic,fp32,cpu 1 threads"
+    constant = f"{settings},{torch.__version__}"
+    log = f"""{columns},iteration,lr,loss,test_acc,seconds
+{constant},2,0.01,{(losses[0] + losses[1]) / 2:.6f},,80.00
+{constant},4,0.005,{(losses[2] + losses[3]) / 2:.6f},{accuracies[3]},160.00
+{constant},5,0.005,{losses[4]:.6f},{accuracies[4]},200.00
+"""
+    return {".csv": log, ".pt": digest(network.state_dict())}
 
 
-class Stop(Exception):
-    """Stands for a kill."""
+def stopping(function, count: int) -> Mock:
+    """As the function, but the call of this number is stopped by Ctrl-C."""
+    return Mock(wraps=function, side_effect=[*[DEFAULT] * (count - 1), KeyboardInterrupt])
 
 
-def stop_at(monkeypatch, target: str, count: int) -> None:
-    """The count-th call of a function raises Stop instead."""
-    module, name = target.split(".")
-    function, calls = getattr(sys.modules[module], name), itertools.count(1)
-
-    def stopping(*args, **named):
-        if next(calls) == count:
-            raise Stop
-        return function(*args, **named)
-
-    monkeypatch.setattr(sys.modules[module], name, stopping)
-
-
-STOPS = [  # where the run starts, the function that is not called any more, and at which call
-    (0, "data.augment", 2),
-    (1, "data.augment", 2),
-    (2, "os.replace", 1),  # a checkpoint is written, but not in its place
-    (2, "train.evaluate", 1),
-    (3, "os.replace", 1),  # now the log has a line that the checkpoint lacks
-    (3, "train.evaluate", 2),
-    (4, "os.replace", 1),  # the weights
-    (4, "os.replace", 2),  # the log
+STOPS = [  # the call that is stopped, and the iteration from which the same command continues
+    (os, "replace", 1, 0),  # a file is written, but not in its place: the first checkpoint
+    (data, "augment", 2, 1),
+    (data, "augment", 2, 2),
+    (os, "replace", 1, 2),
+    (train, "evaluate", 1, 3),
+    (os, "replace", 1, 3),  # the log has a line that the checkpoint lacks
+    (train, "evaluate", 2, 4),
+    (os, "replace", 1, 4),  # the weights
+    (os, "replace", 2, 4),  # the log
 ]
 
 
@@ -279,28 +253,21 @@ STOPS = [  # where the run starts, the function that is not called any more, and
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_log_and_weights_equal_a_recomputation(name, stops, monkeypatch, capsys):
     run = [*SHORT, "--optimizer", name]
-    for start, target, count in stops:
-        with monkeypatch.context() as patch, pytest.raises(Stop):
-            stop_at(patch, target, count)
-            train.main(run)
-        assert f"from iteration {start} of 5\n" in capsys.readouterr().out
+    for module, function, count, iteration in stops:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, stopping(getattr(module, function), count))
+            error = error_of(capsys, *run, status=130)
+        assert error.endswith(f"the same command continues from iteration {iteration}\n")
     train.main(run)
-    monkeypatch.setattr(train, "open_device", Mock(side_effect=Stop))
     train.run_files(train.parse_args(run))[2].touch()  # as if it had been stopped at the very end
+    monkeypatch.setattr(train, "open_device", Mock(side_effect=AssertionError))
     train.main(run)  # at once, without a device
     assert "is complete" in capsys.readouterr().out and outcome() == recomputation(name)
 
 
-def test_log_is_whole_whatever_happened_to_the_file(monkeypatch):
-    evaluate = train.evaluate
-
-    def replaced(*args):
-        for path in Path("logs").glob("*.csv"):  # as an editor or `sed -i` does
-            Path("other").write_text("something else\n")
-            os.replace("other", path)
-        return evaluate(*args)
-
-    monkeypatch.setattr(train, "evaluate", replaced)
+def test_log_is_whole_whatever_happened_to_the_file(takes, monkeypatch):
+    path, evaluate = train.run_files(train.parse_args(SHORT))[0], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *x: path.unlink(missing_ok=True) or evaluate(*x))
     train.main(SHORT)
     assert outcome() == recomputation("sgd")
 
@@ -326,18 +293,16 @@ def test_it_learns_the_generated_images(monkeypatch, capsys):
 def test_checkpoints_and_words_go_by_the_clock(takes, monkeypatch, capsys):
     save, saved = train.save, []
     monkeypatch.setattr(train, "save", lambda path, x: [saved.append(path.suffix), save(path, x)])
-    train.main([*SHORT, "--log-every", "9", "--eval-every", "9"])  # 40 seconds an iteration
-    assert saved == [*(5 * [".ckpt"]), ".pt", ".csv"]
-    takes("train_batch", 4050)
-    capsys.readouterr()
+    takes(-30, "train_batch")  # so an iteration takes 10 seconds
+    train.main([*SHORT, "--log-every", "9", "--iters", "7"])
+    words = re.findall(r"(\d)/7  loss \d\.\d{4}  (.*)", capsys.readouterr().out)
+    assert words[::2] == [("3", "0 h 1 min left"), ("5", "0 h 0 min left")]
+    assert words[1::2] == [("4", "testing"), ("7", "testing")]
+    assert saved == [".ckpt", ".ckpt", ".ckpt", ".pt", ".csv"]
+    takes(4080, "train_batch")
     train.main([*SHORT, "--iters", "12"])
     assert "\n1/12  loss" in (out := capsys.readouterr().out) and "12 h 30 min left" in out
-    takes("train_batch", -4080)  # so now 10 seconds
-    saved.clear()
-    train.main([*SHORT, "--log-every", "9", "--iters", "7"])
-    words = re.findall(r"\d/7  loss \d\.\d{4}  .*", capsys.readouterr().out)
-    assert [line[0] + line[17:] for line in words] == ["3 0 h 1 min left", "4 testing", "5 0 h 0 min left", "7 testing"]
-    assert saved == [*(3 * [".ckpt"]), ".pt", ".csv"]
+    assert saved[5:] == 12 * [".ckpt"] + [".pt", ".csv"]
 
 
 def test_evaluate_counts_every_image_and_changes_nothing():
@@ -368,6 +333,8 @@ def test_defaults_are_the_reports():
     values = "sgd 0.3 128 8000 0.2 0.9  0.0001 32000 0 cifar10 tf32"
     assert [str(value) for value in config.values()] == values.split(" ")
     assert train.parse_args([]).betas == [0.7, 0.7]
+    config |= {"lr": 0.3, "betas": "0.7 0.7"}
+    assert report.USUAL == {name: str(config[name]) for name in report.USUAL}
 
 
 @pytest.mark.parametrize(
@@ -375,7 +342,6 @@ def test_defaults_are_the_reports():
     [
         ("--betas 0.5 0.5", "sgd_lr0.3_bs128_step8000_seed0"),  # sgd has no betas
         ("--optimizer asgd --momentum 0.5 --lr 1e-3", "asgd_lr0.001_bs128_step8000_seed0"),
-        ("--optimizer adam --betas 0.7 0.7", "adam_lr0.3_bs128_step8000_seed0"),
         ("--optimizer adam --betas .9 .999", "adam_lr0.3_bs128_step8000_betas0.9-0.999_seed0"),
         ("--bs 64 --step 5 --gamma 0.5 --wd 0", "sgd_lr0.3_bs64_step5_gamma0.5_wd0.0_seed0"),
         ("--momentum 0 --iters 9 --seed 2", "sgd_lr0.3_bs128_step8000_momentum0.0_iters9_seed2"),
@@ -390,14 +356,11 @@ def test_name_has_every_setting_that_is_not_the_default(flags, name):
 @pytest.mark.parametrize(
     "flags",
     """--lr nan,--lr -1,--bs 0,--bs 1.5,--step 0,--iters 0,--log-every 0,--gamma 1.1,--momentum 1,
-    --betas 0.9 1,--seed -1,--wd -1,--precision bf16,--optimizer lion,stray""".split(","),
+    --betas 0.9 1,--seed -1,--wd -1,--precision bf16,--optimizer lion,stray,
+    --data synthetic --device cpu --bs 11""".split(","),  # more than the ten images
 )
 def test_bad_flag_is_one_line(flags, capsys):
     error_of(capsys, *flags.split(), status=2)
-
-
-def test_batch_of_more_than_all_images_is_refused(capsys):
-    assert "more than the 10 training images" in error_of(capsys, *SHORT, "--bs", 11, status=2)
 
 
 def test_device_that_cannot_be_used_is_one_line(monkeypatch, capsys):
@@ -411,19 +374,15 @@ def test_device_that_cannot_be_used_is_one_line(monkeypatch, capsys):
     assert not Path("logs").exists()
 
 
-@pytest.mark.parametrize(
-    "card, asked, used",
-    [((7, 5), "tf32", "fp32"), ((8, 0), "tf32", "tf32"), ((9, 0), "fp32", "fp32")],
-)
-def test_precision_is_what_the_card_has(card, asked, used, monkeypatch):
-    monkeypatch.setattr(torch, "ones", Mock())
-    monkeypatch.setattr(torch, "cuda", Mock())
-    monkeypatch.setattr(torch, "backends", Mock())
-    torch.cuda.get_device_capability.return_value = card
+def test_precision_is_what_the_card_has(monkeypatch):
+    for name in ("ones", "cuda", "backends"):
+        monkeypatch.setattr(torch, name, Mock())
     torch.cuda.get_device_name.return_value = "Tesla T4, 16 GB"
-    assert train.open_device("cuda", asked) == (torch.device("cuda"), "Tesla T4 16 GB", used)
-    assert torch.backends.cudnn.allow_tf32 is (used == "tf32")
-    assert torch.backends.cuda.matmul.allow_tf32 is False
+    for *card, asked, used in ((7, 5, "tf32", "fp32"), (8, 0, "tf32", "tf32"), (9, 0, "fp32", "fp32")):
+        torch.cuda.get_device_capability.return_value = tuple(card)
+        assert train.open_device("cuda", asked) == (torch.device("cuda"), "Tesla T4 16 GB", used)
+        assert torch.backends.cudnn.allow_tf32 is (used == "tf32")
+        assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
 # ---- files, and ways of being stopped ------------------------------------------------------------
@@ -435,55 +394,44 @@ def test_ctrl_c_and_kill(monkeypatch, tmp_path):
     command = [sys.executable, "-W", "error", "-c", code, *flags, "--logs", str(tmp_path / "logs")]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for kill, at, status, words in (
-        (signal.SIGINT, "3/15", 130, "train.py: stopped; the same command continues from iteration"),
-        (signal.SIGKILL, "9/15", -signal.SIGKILL, ""),
-    ):
+    words = r"train.py: stopped; the same command continues from iteration \d+\n"
+    for kill, status, words in ((signal.SIGINT, 130, words), (signal.SIGKILL, -signal.SIGKILL, "")):
         process = subprocess.Popen(command, cwd=HERE, **pipes)
-        assert any(line.startswith(at) for line in process.stdout)  # reads until there
+        assert any(next(process.stdout) for _ in range(6))  # iterations and lines before them
         process.send_signal(kill)
         error = process.communicate()[1]
-        assert process.returncode == status and re.fullmatch(rf"{words}( \d+\n)?", error)
+        assert process.returncode == status and re.fullmatch(words, error)
     assert subprocess.run(command, cwd=HERE, stderr=subprocess.PIPE).stderr == b""
     monkeypatch.setattr(data, "load", LOAD)
     monkeypatch.setattr(train, "ResNet", model.ResNet)
     train.main([*flags, "--logs", "undisturbed"])
     ours, theirs = outcome(), outcome("undisturbed")
-    for line, same in zip(ours.pop(".csv"), theirs.pop(".csv"), strict=True):
-        assert line | {"seconds": ""} == same | {"seconds": ""}
-    assert ours[".pt"] == theirs[".pt"]
+    for files in (ours, theirs):
+        files[".csv"] = re.sub(r"[\d.]+$", "", files[".csv"], flags=re.MULTILINE)  # the seconds
+    assert ours == theirs
 
 
 def test_file_is_on_disk_before_it_replaces_another(monkeypatch):
     events, replace = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file.fileno()).st_size > 99))
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(Path(file.name).stat().st_size > 99))
     monkeypatch.setattr(os, "replace", lambda *paths: events.append(replace(*paths)))
     train.main(SHORT)
     assert events == 7 * [True, None]  # five checkpoints, the weights, the log
 
 
-@pytest.mark.parametrize(
-    "error, status",
-    [
-        (OSError(28, "No space left on device"), 4),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory:\nyou tried"), 1),
-        (MemoryError(), 1),
-    ],
-)
-def test_full_disk_and_full_memory_are_one_line(error, status, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "augment", Mock(side_effect=error))
-        error_of(capsys, *SHORT, status=status)
+def test_full_disk_and_full_memory_are_one_line(monkeypatch, capsys):
+    no_space, no_memory = OSError(28, "No space left"), RuntimeError("can't allocate memory:\nyou")
+    for error, status in ((no_space, 4), (no_memory, 1), (MemoryError(), 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "augment", Mock(side_effect=error))
+            error_of(capsys, *SHORT, status=status)
     train.main(SHORT)
     assert outcome() == recomputation("sgd")
     Path("file").touch()
     error_of(capsys, *SHORT, "--logs", "file", status=4)
-
-
-def test_bug_in_the_network_shows_as_python_shows_it(monkeypatch):
     monkeypatch.setattr(data, "augment", Mock(side_effect=RuntimeError("mat1 and mat2")))
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        train.main(SHORT)
+    with pytest.raises(RuntimeError, match="mat1"):  # a bug shows as Python shows it
+        train.main([*SHORT, "--seed", "2"])
 
 
 def test_log_without_checkpoint_is_left_alone(capsys):
@@ -521,9 +469,9 @@ def test_divergence_is_logged_and_exits_with_3(capsys):
 
 
 def test_bad_checkpoint_or_weights_are_one_line_and_left_alone(monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, "data.augment", 3)
-        train.main(SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "augment", stopping(data.augment, 3))
+        error_of(capsys, *SHORT, status=130)
     (path,) = Path("logs").glob("*.ckpt")
     content, saved = path.read_bytes(), torch.load(path, weights_only=True)
     bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("exploded",))})()
@@ -546,6 +494,8 @@ ROWS = re.findall(r"^row (\w+) +([\d.]+) +(.+)", (HERE / "run_all.sh").read_text
 @pytest.fixture
 def run_all(tmp_path, monkeypatch):
     """Starts run_all.sh with a `python` that prints its arguments and, as train.py, does `do`."""
+    if os.name == "nt":
+        pytest.skip("needs bash")
     fake = '#!/bin/sh\necho "python $*"\ncase $* in train.py*) eval "$DO" ;; esac\n'
     (tmp_path / "python").write_text(fake)
     (tmp_path / "python").chmod(0o755)
@@ -577,7 +527,6 @@ def test_rows_are_the_authors():
     assert ours == logged
 
 
-@unix
 @pytest.mark.parametrize("tables", ["", "4", "6 extended"])
 def test_list(tables, run_all):
     more = ["--seed", "1", "--logs=it's a $HOME"]
@@ -587,7 +536,6 @@ def test_list(tables, run_all):
     assert [shlex.split(line) for line in listed] == wanted
 
 
-@unix
 def test_failing_rows_are_named_and_the_others_go_on(run_all):
     do = "case $* in *adam*) exit 3 ;; *adagrad*) exit 1 ;; *asgd*) exit 5 ;; esac"
     out, error, status = ended(run_all("--", "--logs", "x", do=do))
@@ -598,16 +546,11 @@ def test_failing_rows_are_named_and_the_others_go_on(run_all):
     failed = [f"  {run}" for run in runs if "adam" in run or "adagrad" in run]
     assert error.splitlines() == ["run_all.sh: failed:", *failed]
     assert ended(run_all("5"))[1:] == ("", 0)
+    for status in (2, 4, 130):  # what all rows share
+        out, _, ended_with = ended(run_all(do=f"exit {status}"))
+        assert ended_with == status and sum("train.py" in line for line in out) == 2
 
 
-@unix
-@pytest.mark.parametrize("status", [2, 4, 130])
-def test_what_all_rows_share_ends_it_at_once(status, run_all):
-    out, _, ended_with = ended(run_all(do=f"exit {status}"))
-    assert ended_with == status and len(out) == 3  # a look for PyTorch; the run said, and done
-
-
-@unix
 def test_its_own_errors(run_all, tmp_path):
     for argv, words in (("8", "no table 8"), ("--seed 1", "--seed is not its flag")):
         assert words in (result := ended(run_all(*argv.split())))[1] and result[2] == 2
@@ -619,7 +562,6 @@ def test_its_own_errors(run_all, tmp_path):
     assert "activate the environment" in ended(run_all())[1]
 
 
-@unix
 def test_killed_it_leaves_nothing_running(run_all):
     process = run_all(do="echo $$; exec sleep 60")
     child = next(int(line) for line in process.stdout if line.strip().isdigit())
@@ -647,30 +589,25 @@ def test_tables_of_made_up_logs(capsys):
         write_log(f"a_seed{seed}.csv", {32000: accuracy}, ("0.0001", "1E-04"))
         write_log(f"b_seed{seed}.csv", {3200: accuracy}, ("32000", "3200"))
     shutil.copytree(".", "copies")  # are no further runs
-    write_log("late_seed0.csv", {28000: 90.5, 31000: 90.8}, ("8000", "4000"))
-    write_log("early_seed0.csv", {27900: 93}, ("8000", "10000"))
-    write_log("cpu_seed0.csv", {32000: 91.5}, ("8000", "5000"), ("NVIDIA H200", "cpu 2 threads"))
+    write_log("late_seed0.csv", {27000: 93.2, 31000: 93.6}, ("8000", "4000"))
+    write_log("cpu_seed0.csv", {32000: 92.5}, ("8000", "5000"), ("NVIDIA H200", "cpu 2 threads"))
+    write_log("other_seed0.csv", {32000: 95.8}, ("8000", "10000"))
+    write_log("early_seed0.csv", {27900: 93}, ("0.3,128,8000", "0.5,64,5000"))
     adam = ("sgd,0.3,128,8000,0.2,0.9,", "adam,0.1,64,5000,0.2,,0.7 0.7")
     write_log("adam_seed0.csv", {24000: 70, 28000: 76}, adam)
     report.main(["--logs", "."])
     out = capsys.readouterr().out
     for line in """adam, lr 0.1, bs 64, step 5000 | 60.47 | >76.00† | >+15.53 | 1.14 | 0.250 | 4 |
-sgd, lr 0.3, bs 128, step 5000 | 91.07 | 91.50‡ | +0.43 | 0.0312 | 0.250 | 6, 7 |
-sgd, lr 0.3, bs 128, step 4000 | 89.83 | 90.80† | +0.97 | 0.0584 | 0.250 | 7 |
+sgd, lr 0.5, bs 64, step 5000 | 87.70 |  |  | 0.222 |  | 5 |
+sgd, lr 0.3, bs 128, step 5000 | 91.07 | 92.50‡ | +1.43 | 0.0312 | 0.250 | 6, 7 |
+sgd, lr 0.3, bs 128, step 4000 | 89.83 | 93.60† | +3.77 | 0.0584 | 0.250 | 7 |
 sgd, lr 0.3, bs 128, step 8000 | 92.65 | 93.00 ± 1.00 (3) | +0.35 | 0.00461 | 0.250 | 7 |
-sgd, lr 0.3, bs 128, step 10000 | 92.14 |  |  | 0.00604 |  | 7 |
 sgd, lr 0.3, bs 128, step 8000, iters 3200 | 93.00 ± 1.00 (3) | 0.250 |
-step 8000 over step 10000 | no run | +0.51 |  | 7 |""".splitlines():
+lr 0.3 over lr 0.5 | no run | +1.61 |  | 5 |
+step 8000 over step 4000 | holds | +2.82 | -0.60 | 7 |
+step 8000 over step 5000 | open | +1.58 | +0.50 | 7 |
+step 8000 over step 10000 | reversed | +0.51 | -2.80 | 7 |""".splitlines():
         assert f"\n| {line}\n" in f"{out}\n"
-
-
-@pytest.mark.parametrize("gap, verdict", [(1.7, "holds"), (1.6, "open"), (-2.8, "reversed")])
-def test_verdict_is_that_of_the_mean_of_both_gaps(gap, verdict, capsys):
-    write_log("a_seed0.csv", {32000: 92})
-    write_log("b_seed0.csv", {32000: 92 - gap}, ("8000", "10000"))
-    report.main(["--logs", "."])
-    line = f"| step 8000 over step 10000 | {verdict} | +0.51 | {gap:+.2f} | 7 |"
-    assert f"\n{line}\n" in capsys.readouterr().out
 
 
 def test_own_row_and_defaults(tmp_path, monkeypatch):
@@ -681,11 +618,6 @@ def test_own_row_and_defaults(tmp_path, monkeypatch):
     rows, runs = report.read_rows(), report.read_logs(tmp_path)
     own = "sgd, lr 0.3, bs 128, step 6000, wd 0.001"
     assert f"\n| {own} | 91.00 | 0.250 | 7 |" in report.accuracies([rows[-1][2]], rows, runs, [])
-    for optimizer in ("sgd", "adam"):
-        config = train.make_config(train.parse_args(["--optimizer", optimizer]))
-        words = {name: str(word) for name, word in config.items()}
-        usual = report.USUAL | {"optimizer": optimizer}
-        assert report.as_setting(words | {"lr": words["lr0"]}) == tuple(usual.values())
 
 
 def test_broken_logs_are_named_and_left_out(capsys):
@@ -711,7 +643,8 @@ def test_pages_have_the_tables_of_the_committed_logs(capsys):
 def test_figures_have_all_runs_of_their_settings(tmp_path):
     pytest.importorskip("matplotlib")
     folder = HERE / "results"
-    rows, runs, author = report.read_rows(), report.read_logs(folder), folder / "author.csv"
+    rows, runs = report.read_rows(), report.read_logs(folder)
+    author = report.read_log(folder / "author.csv")
     for number, settings, names in (
         (4, 4, r"\w+_lr0.1_bs64_step5000"),
         (5, 3, r"sgd_lr0.\d_bs64_step5000"),
@@ -719,13 +652,12 @@ def test_figures_have_all_runs_of_their_settings(tmp_path):
         (7, 4, r"sgd_lr0.3_bs128_step\d+"),
         (8, 2, r"sgd_lr0.3_bs128_(step8000|step10000_iters64000)"),
     ):
-        lines = report.draw_losses(number, rows, runs, report.read_log(author)).lines
-        ends = [(x[-1], y[-1]) for x, y in (line.get_data() for line in lines) if len(x)]
-        for path in folder.rglob("*.csv"):
-            if re.fullmatch(rf"{names}(_fp32)?_seed\d+", path.stem):
-                last = read_log(path)[-1]
-                ends.remove((int(last["iteration"]), float(last["loss"])))
-        assert len(ends) == settings  # the author's
+        name = re.compile(rf"{names}(_fp32)?_seed\d+\.csv")
+        logs = [path for path in folder.rglob("*.csv") if name.fullmatch(path.name)]
+        ends = {float(read_log(path)[-1]["loss"]) for path in logs}
+        lines = report.draw_losses(number, rows, runs, author).lines
+        drawn = [line.get_ydata()[-1] for line in lines if len(line.get_ydata())]
+        assert ends <= {*drawn} and len(drawn) == len(logs) + settings  # the author's
     dots = report.draw_accuracies(rows, runs).lines
     assert sum(line.get_marker() == "|" for line in dots) == 16 < len(dots)
     report.main(["--logs", str(folder), "--figures", "."])
@@ -773,9 +705,7 @@ def test_recorded_batch_trains_each_plan_once_at_its_rate(monkeypatch):
 # Which images a rounding lets through a ReLU is chance, and soon all differs; SiLU is smooth. With
 # it, on a CPU, one rounding of the weights moves no loss by over 5e-6, a missed decay one by 7e-3.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-@pytest.mark.parametrize(
-    "name, lr", [("sgd", 1e-3), ("adam", 1e-4), ("adagrad", 1e-4), ("asgd", 2e-3)]
-)
+@pytest.mark.parametrize("name, lr", [*zip(OPTIMIZERS, (1e-3, 1e-4, 1e-4, 2e-3))])
 def test_recorded_is_plain_on_cuda(name, lr, monkeypatch):
     replay, replays, logs = torch.cuda.CUDAGraph.replay, [], []
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: replays.append(replay(g)))
