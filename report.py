@@ -88,8 +88,9 @@ def read_logs(folder: Path) -> list[Run]:
 
 
 # ---- the tables ----------------------------------------------------------------------------------
-def label(setting: tuple, others=(("", "", "", "", *list(USUAL.values())[4:]),)) -> str:
-    """A setting in words: what tells it from others, else the report's four and the unusual."""
+def label(setting: tuple, others: list[tuple] | None = None) -> str:
+    """A setting in words: what tells it from others, else the first four and what is unusual."""
+    others = others or [(*4 * [""], *list(USUAL.values())[4:])]
     told = [i for i, word in enumerate(setting) if any(word != other[i] for other in others)]
     return ", ".join(f"{list(USUAL)[i]} {setting[i]}" if i else setting[0] for i in told)
 
@@ -101,9 +102,8 @@ def ours(runs: list[Run], setting: tuple) -> tuple[str, float, float]:
     values = [run.accuracy for run in own] or [math.nan]
     cell = ", ".join(sorted((run.text for run in own), key=lambda text: "†" in text))
     if len(own) > 2:
-        signs = "".join(sign for sign in "†‡" if sign in cell)
-        bound = ">" * (cell[0] == ">")
-        cell = f"{bound}{fmean(values):.2f} ± {stdev(values):.2f} ({len(own)}){signs}"
+        bound, *signs = (sign * (sign in cell) for sign in ">†‡")
+        cell = f"{bound}{fmean(values):.2f} ± {stdev(values):.2f} ({len(own)}){''.join(signs)}"
     return cell, fmean(values), fmean([run.loss for run in own] or [math.nan])
 
 
@@ -149,7 +149,7 @@ def conclusions(rows: list[tuple], runs: list[Run]) -> str:
 
 # ---- the figures ---------------------------------------------------------------------------------
 def new_axes(height: float, title: str):
-    """One panel, to be read on a phone, too, that looks alike whatever the user's own style is."""
+    """One panel, legible on a phone, and the same whatever style matplotlib is set to."""
     import matplotlib.figure
     matplotlib.rcdefaults()
     ax = matplotlib.figure.Figure(figsize=(5.4, height), dpi=140, layout="constrained").subplots()
@@ -204,8 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.logs.is_dir():
         sys.exit(f"report.py: no folder {args.logs}: train first, or try --logs results")
     try:
-        rows, author = read_rows(), read_log(HERE / "results" / "author.csv")
-        runs = read_logs(args.logs)
+        rows, runs = read_rows(), read_logs(args.logs)
+        author = read_log(HERE / "results" / "author.csv")
         settings = [setting for *_, setting in rows]
         others = [run.setting for run in runs if run.accuracy >= 0 and run.setting not in settings]
         parts = {"results": f"{accuracies(settings, rows, runs, author)}\n\n{SIGNS}",

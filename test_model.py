@@ -29,6 +29,7 @@ import model
 import report
 import train
 
+pytestmark = pytest.mark.filterwarnings("error")
 torch.set_num_threads(1)  # small batches need no more, and rounding depends on it
 
 HERE = Path(__file__).resolve().parent
@@ -390,7 +391,7 @@ def test_ctrl_c_and_kill(monkeypatch, tmp_path):
     """Real signals to real processes, each of which has a checkpoint after every iteration."""
     code = "import sys, train; train.SAVE_EVERY = 0; train.main(sys.argv[1:])"
     flags = "--data synthetic --device cpu --lr 0.01 --bs 4 --iters 15 --log-every 5".split()
-    command = [sys.executable, "-W", "error", "-c", code, *flags, "--logs", str(tmp_path / "logs")]
+    command = [sys.executable, "-c", code, *flags, "--logs", str(tmp_path / "logs")]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = r"train.py: stopped; the same command continues from iteration \d+\n"
