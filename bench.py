@@ -10,6 +10,7 @@ loop's turns, start-up left out.
 
 import argparse
 import os
+import sys
 from statistics import median
 from time import perf_counter
 
@@ -27,9 +28,9 @@ from model import ResNet
 def usual_loop(batch_size: int, device: torch.device):
     """Trains one iteration at each `next`, and yields its loss."""
     transform = T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor()])
-    pictures = CIFAR10("./data", transform=transform)
+    images = CIFAR10("./data", transform=transform)
     loading = {"num_workers": min(8, os.cpu_count()), "pin_memory": device.type == "cuda"}
-    loader = DataLoader(pictures, batch_size, shuffle=True, drop_last=True, **loading)
+    loader = DataLoader(images, batch_size, shuffle=True, drop_last=True, **loading)
     model = ResNet().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
     while True:
@@ -90,4 +91,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, KeyboardInterrupt) as error:
+        sys.exit(f"bench.py: {str(error) or 'stopped'}")

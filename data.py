@@ -49,7 +49,7 @@ def cifar10(folder: str) -> list[Split]:
         from torchvision.datasets import CIFAR10  # takes a second, which synthetic images save
     except Exception as error:  # one for another release of torch may raise anything
         found = " ".join(d.version for d in metadata.distributions(name="torchvision")) or "none"
-        raise OSError(f"torchvision ({found}) does not fit torch {torch.__version__}") from error
+        raise OSError(f"torchvision {found} with torch {torch.__version__}: {error}") from error
     socket.setdefaulttimeout(60)  # seconds without a byte; a silent proxy would hang for ever
     try:
         sets = [CIFAR10(folder, train, download=True) for train in (True, False)]
@@ -81,14 +81,14 @@ def epoch_plan(split: Split, seed: int, epoch: int) -> Tensor:
     Rows: which image, its crop's top and left in 0..8, and 1 where it is flipped.
     """
     n, device = len(split.labels), split.labels.device
-    # A hash of both: with their sum, seeds would share batches; a generator keeps 32 bits of it.
+    # A hash of both: with their sum, seeds would share batches. A generator uses 32 bits of it.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
     order = torch.randperm(n, generator=generator)
     offsets = torch.randint(2 * PADDING + 1, (2, n), generator=generator)
     flips = torch.randint(2, (1, n), generator=generator)
     plan = torch.cat([order[None], offsets, flips])
     if device.type == "cuda":
-        return plan.pin_memory().to(device, non_blocking=True)  # neither side waits for the other
+        return plan.pin_memory().to(device, non_blocking=True)  # asynchronous
     return plan.to(device)
 
 

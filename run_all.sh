@@ -43,7 +43,7 @@ row() {  # table, the report's accuracy in percent, flags of train.py
   status=$?
   case $status in
     0 | 5) ;;  # 5: another process trains it
-    2 | 4 | 130) exit $status ;;  # flags, data, disk or device, as for all others; Ctrl-C
+    2 | 4) exit $status ;;  # flags, data, disk or device: all others would fail alike
     *) failed+=("${run[*]}") ;;
   esac
 }

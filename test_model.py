@@ -48,8 +48,10 @@ SHORT = """--data synthetic --device cpu --lr 0.01 --bs 4 --step 3 --gamma 0.5 -
 
 @cache
 def few_images(source: str, device: torch.device) -> list[data.Split]:
-    """What data.load gives, cut to ten images for training and eleven for the test."""
-    return [data.Split(*(x[:n] for x in split)) for n, split in zip((10, 11), LOAD(source, device))]
+    """Ten images for training; for the test 1,200, as an evaluation goes in batches of 1,000."""
+    training, test = LOAD(source, device)
+    test = data.Split(*map(torch.cat, zip(training, test)))
+    return [data.Split(*(x[:10] for x in training)), test]
 
 
 def small_network() -> torch.nn.Module:
@@ -154,15 +156,6 @@ def test_epoch_plan_shows_each_image_once_and_is_uniform():
         assert ((plan != other).float().mean(dim=1) > 0.4).all()
 
 
-def test_plans_are_the_same_wherever_a_run_starts():
-    split = data.Split(None, torch.zeros(10))
-    expected = [p for epoch in range(3) for p in data.epoch_plan(split, 7, epoch).split(4, dim=1)]
-    assert [plan.shape[1] for plan in expected] == 3 * [4, 4, 2]
-    for start in range(8):
-        for plan, same in zip(data.plans(split, 4, seed=7, start=start), expected[start:]):
-            assert torch.equal(plan, same)
-
-
 def test_cifar10_is_split_as_torchvision_has_it(monkeypatch):
     def fake(root, train, download):
         images = torch.arange(2 * 3072).remainder(251).to(torch.uint8).view(2, 32, 32, 3).numpy()
@@ -186,7 +179,7 @@ def test_data_that_cannot_be_had_is_one_line(monkeypatch, capsys):
     timeout.assert_called_with(60)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     error = error_of(capsys, "--device", "cpu", status=4)
-    assert "torchvision (0" in error and torch.__version__ in error
+    assert re.search(r"torchvision \d\S+ with torch", error) and torch.__version__ in error
     assert not Path("logs").exists()
 
 
@@ -249,7 +242,7 @@ STOPS = [  # the call that is stopped, and the iteration from which the same com
 ]
 
 
-@pytest.mark.parametrize("stops", [[], STOPS], ids=["undisturbed", "stopped"])
+@pytest.mark.parametrize("stops", [[], STOPS[:2], STOPS], ids=["undisturbed", "once", "often"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_log_and_weights_equal_a_recomputation(name, stops, monkeypatch, capsys):
     run = [*SHORT, "--optimizer", name]
@@ -263,13 +256,6 @@ def test_log_and_weights_equal_a_recomputation(name, stops, monkeypatch, capsys)
     monkeypatch.setattr(train, "open_device", Mock(side_effect=AssertionError))
     train.main(run)  # at once, without a device
     assert "is complete" in capsys.readouterr().out and outcome() == recomputation(name)
-
-
-def test_log_is_whole_whatever_happened_to_the_file(takes, monkeypatch):
-    path, evaluate = train.run_files(train.parse_args(SHORT))[0], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *x: path.unlink(missing_ok=True) or evaluate(*x))
-    train.main(SHORT)
-    assert outcome() == recomputation("sgd")
 
 
 def test_it_learns_the_generated_images(monkeypatch, capsys):
@@ -305,26 +291,14 @@ def test_checkpoints_and_words_go_by_the_clock(takes, monkeypatch, capsys):
     assert saved[5:] == 12 * [".ckpt"] + [".pt", ".csv"]
 
 
-def test_evaluate_counts_every_image_and_changes_nothing():
-    # The place of the brightest byte is the class that it sees; in training mode always 0.
-    network = torch.nn.Sequential(torch.nn.Dropout(1), torch.nn.Flatten())
-    labels, wrong = torch.arange(2300) % 9 + 1, torch.arange(2300) % 7 == 0
-    images = F.one_hot(labels + wrong, 3072).to(torch.uint8).view(2300, 3, 32, 32)
-    correct = train.evaluate(network, data.Split(images, labels))
-    assert torch.equal(correct, ~wrong) and network.training
-
-
 @pytest.mark.skipif(not (HERE / "data" / CIFAR10.base_folder).exists(), reason="no CIFAR-10")
-def test_committed_weights_have_the_logged_accuracy(monkeypatch, capsys):
-    (path,) = HERE.glob("results/*.pt")
-    test = LOAD(HERE / "data", CPU)[1]
+def test_committed_weights_have_the_logged_accuracy():
+    (path,), network = HERE.glob("results/*.pt"), model.ResNet()
+    train.load(path, network)
+    _, test = LOAD(HERE / "data", CPU)
     few = data.Split(*(x[:2000] for x in test))  # `train.py --eval` takes them all
-    monkeypatch.setattr(data, "load", lambda *args: (None, few))
-    monkeypatch.setattr(train, "ResNet", model.ResNet)
-    train.main(["--eval", str(path), "--device", "cpu"])
-    accuracy = re.search("(.+) % of 2,000", capsys.readouterr().out)[1]
-    logged = read_log(path.with_suffix(".csv"))[-1]["test_acc"]
-    assert float(accuracy) == pytest.approx(float(logged), abs=1.5)
+    logged = float(read_log(path.with_suffix(".csv"))[-1]["test_acc"])
+    assert 100 * train.evaluate(network, few).float().mean() == pytest.approx(logged, abs=1.5)
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -365,12 +339,12 @@ def test_bad_flag_is_one_line(flags, capsys):
 
 def test_device_that_cannot_be_used_is_one_line(monkeypatch, capsys):
     absent = "cuda" if sys.platform == "darwin" else "mps"
-    assert f"no {absent} device" in error_of(capsys, *SHORT, "--device", absent, status=4)
+    assert f"cannot use {absent}" in error_of(capsys, *SHORT, "--device", absent, status=4)
     old = RuntimeError("The NVIDIA driver on your system is too old\nmore")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as it is with an old driver
     monkeypatch.setattr(torch, "ones", Mock(side_effect=old))
     error = error_of(capsys, "--iters", 1, status=4)
-    assert re.search("no cuda device.*--device cpu.*too old", error)
+    assert re.search("cannot use cuda.*--device cpu.*too old", error)
     assert not Path("logs").exists()
 
 
@@ -411,12 +385,18 @@ def test_ctrl_c_and_kill(monkeypatch, tmp_path):
     assert ours == theirs
 
 
-def test_file_is_on_disk_before_it_replaces_another(monkeypatch):
-    events, replace = [], os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append(file.seek(0, 2) > 99))  # its size
+def test_file_is_on_disk_first_and_the_log_is_whole_at_the_end(monkeypatch):
+    (path, *_), events, replace = train.run_files(train.parse_args(SHORT)), [], os.replace
+
+    def fsync(file):
+        events.append(file.seek(0, 2) > 99)  # its size
+        path.unlink(missing_ok=True)  # as a sync client or an editor does, at any time
+
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda *paths: events.append(replace(*paths)))
     train.main(SHORT)
     assert events == 7 * [True, None]  # five checkpoints, the weights, the log
+    assert outcome() == recomputation("sgd")
 
 
 def test_full_disk_and_full_memory_are_one_line(monkeypatch, capsys):
@@ -425,13 +405,11 @@ def test_full_disk_and_full_memory_are_one_line(monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(data, "augment", Mock(side_effect=error))
             error_of(capsys, *SHORT, status=status)
-    train.main(SHORT)
-    assert outcome() == recomputation("sgd")
     Path("file").touch()
     error_of(capsys, *SHORT, "--logs", "file", status=4)
     monkeypatch.setattr(data, "augment", Mock(side_effect=RuntimeError("mat1 and mat2")))
     with pytest.raises(RuntimeError, match="mat1"):  # a bug shows as Python shows it
-        train.main([*SHORT, "--seed", "2"])
+        train.main(SHORT)
 
 
 def test_log_without_checkpoint_is_left_alone(capsys):
@@ -451,7 +429,7 @@ def test_another_process_is_left_alone(monkeypatch, capsys):
     path.parent.mkdir()
     with open(path, "a") as log:
         train.lock(log)  # as another process does
-        assert "another process" in error_of(capsys, *SHORT, status=5)
+        assert "another process is training" in error_of(capsys, *SHORT, status=5)
         train.main([*SHORT, "--iters", "1"])  # another run may
         monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError("no locks")))
         train.main(SHORT)  # a file system without locks: both are trusted
@@ -482,7 +460,7 @@ def test_bad_checkpoint_or_weights_are_one_line_and_left_alone(monkeypatch, caps
             assert f"cannot use {path}" in error_of(capsys, *flags)
     for other in ({"gamma": 0.1}, {"device": "cuda"}, {"precision": "tf32"}):
         torch.save(saved | {"config": saved["config"] | other}, path)
-        assert f"was saved with {other}: see --device" in error_of(capsys, *SHORT)
+        assert f"{path} is of {other}: continue it there" in error_of(capsys, *SHORT)
     assert path.exists() and not Path("exploded").exists()
     assert "none.pt" in error_of(capsys, "--eval", "none.pt")
 
@@ -546,7 +524,7 @@ def test_failing_rows_are_named_and_the_others_go_on(run_all):
     failed = [f"  {run}" for run in runs if "adam" in run or "adagrad" in run]
     assert error.splitlines() == ["run_all.sh: failed:", *failed]
     assert ended(run_all("5"))[1:] == ("", 0)
-    for status in (2, 4, 130):  # what all rows share
+    for status in (2, 4):  # what all rows share
         out, _, ended_with = ended(run_all(do=f"exit {status}"))
         assert ended_with == status and sum("train.py" in line for line in out) == 2
 

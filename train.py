@@ -2,11 +2,10 @@
 
     python train.py                            # Table 8, the report's best row
     python train.py --eval logs/NAME.pt        # the test accuracy of its weights
-    python train.py --data synthetic --lr 0.003 --bs 16 --iters 100 --log-every 10    # a short try
 
 A run writes LOGS/NAME.csv (the log), LOGS/NAME.pt (the weights) and, until it ends, LOGS/NAME.ckpt:
 however it was stopped, the same command continues it as if nothing had happened. Exit status:
-0 done, 1 error, 2 bad flag, 3 loss not finite, 4 no data, disk or device, 5 trained by another.
+0 done, 1 error, 2 bad flag, 3 loss not finite, 4 no data, disk or device, 5 another process has it.
 """
 
 import argparse
@@ -28,14 +27,14 @@ from model import ResNet
 # The settings decide the result: they stand in every line of the log and make the run's name.
 SETTINGS = "optimizer lr0 bs step gamma momentum betas wd iters seed data precision".split()
 HEADER = ",".join(SETTINGS) + ",device,torch,iteration,lr,loss,test_acc,seconds\n"
-SAVE_EVERY = 30  # seconds of training between checkpoints; each has its line on the screen
+SAVE_EVERY = 30  # seconds, by the clock, between checkpoints; each has a line on the screen
 
 OPTIMIZERS = {  # on CUDA, `fused` is faster, and a recorded iteration needs `capturable`
-    "sgd": lambda args, cuda: partial(optim.SGD, momentum=args.momentum, fused=cuda),
-    "adam": lambda args, cuda: partial(optim.Adam, betas=args.betas, fused=cuda, capturable=cuda),
-    "adagrad": lambda args, cuda: optim.Adagrad,  # a recording does not count its steps: no matter
+    "sgd": lambda args, cuda: (optim.SGD, dict(momentum=args.momentum, fused=cuda)),
+    "adam": lambda args, cuda: (optim.Adam, dict(betas=args.betas, fused=cuda, capturable=cuda)),
+    "adagrad": lambda args, cuda: (optim.Adagrad, {}),  # a replay counts no steps; none is needed
     # Averaged SGD, though the report calls it "accelerated"; it averages from step t0 on.
-    "asgd": lambda args, cuda: partial(optim.ASGD, lambd=1e-4, alpha=0.75, t0=1e6, capturable=cuda),
+    "asgd": lambda args, cuda: (optim.ASGD, dict(lambd=1e-4, alpha=0.75, t0=1e6, capturable=cuda)),
 }
 
 
@@ -51,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = partial(fail, status=2)
     add = parser.add_argument
-    add("--optimizer", choices=OPTIMIZERS, default="sgd")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="one of the report's four")
     add("--lr", type=float, default=0.3, dest="lr0", help="initial learning rate")
     add("--bs", type=int, default=128, help="batch size")
     add("--step", type=int, default=8000, help="iterations between two decays")
@@ -72,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.bs, args.step, args.iters, args.log_every, args.eval_every) < 1:
         parser.error("--bs, --step, --iters, --log-every and --eval-every must be 1 or more")
-    if not all(0 <= x < 1e18 for x in (args.lr0, args.wd, args.seed)):
+    if not all(0 <= x < 1e18 for x in (args.lr0, args.wd, args.seed)):  # refuses nan and inf, too
         parser.error("--lr, --wd and --seed must be from 0 to below 1e18")
     if not (0 <= args.gamma <= 1 and all(0 <= x < 1 for x in (args.momentum, *args.betas))):
         parser.error("--gamma must be from 0 to 1, --momentum and --betas from 0 to below 1")
@@ -101,16 +100,15 @@ def run_files(args: argparse.Namespace) -> list[Path]:
 
 def open_device(name: str | None, precision: str) -> tuple[torch.device, str, str]:
     """The device, its processor's name, the precision that it has; OSError if it cannot be used."""
-    mps = torch.backends.mps.is_available()
-    # device_count also sees a GPU whose driver is too old: to train on the CPU would hide that.
-    name = name or ("cuda" if torch.cuda.device_count() else "mps" if mps else "cpu")
+    # This also counts a GPU whose driver is too old: to train on the CPU would hide that.
+    name = name or next(x for x in ("cuda", "mps", "cpu") if getattr(torch, x).device_count())
     try:
         torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise OSError(f"no {name} device, try --device cpu ({error})") from error
+        raise OSError(f"cannot use {name}, try --device cpu ({error})") from error
     device = torch.device(name)
     if name != "cuda":
-        return device, f"cpu {torch.get_num_threads()} threads" if name == "cpu" else name, "fp32"
+        return device, name if name == "mps" else f"cpu {torch.get_num_threads()} threads", "fp32"
     tf32 = precision == "tf32" and torch.cuda.get_device_capability() >= (8, 0)
     torch.backends.cudnn.benchmark = True  # measure which convolutions are the fastest
     torch.backends.cudnn.allow_tf32 = tf32
@@ -136,23 +134,23 @@ class RecordedBatch:
     copied to where the recording read it, and each new learning rate needs a new recording.
     """
 
-    def __init__(self, train_batch, optimizer: optim.Optimizer, batch_size: int):
-        self.train_batch, self.optimizer, self.batch_size = train_batch, optimizer, batch_size
+    def __init__(self, train_plan, optimizer: optim.Optimizer, batch_size: int):
+        self.train_plan, self.optimizer, self.batch_size = train_plan, optimizer, batch_size
         self.calls, self.lr = 0, None  # the learning rate of the recording
 
     def __call__(self, plan: Tensor) -> Tensor:
         """As train_batch; but the next call overwrites the loss that this one returns."""
         self.calls += 1  # the first three are plain: libraries choose and allocate what they need
         if self.calls <= 3 or plan.shape[1] < self.batch_size:
-            return self.train_batch(plan)
+            return self.train_plan(plan)
         lr = self.optimizer.param_groups[0]["lr"]
         if lr != self.lr:
             self.lr, self.plan, self.graph = lr, plan.clone(), torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                    self.loss = self.train_batch(self.plan)
+                    self.loss = self.train_plan(self.plan)
             except RuntimeError as error:
-                raise RuntimeError("this iteration cannot be recorded: use --no-graph") from error
+                raise RuntimeError(f"use --no-graph, recording failed: {error}") from error
         self.plan.copy_(plan)
         self.graph.replay()
         return self.loss
@@ -164,8 +162,8 @@ def build(args: argparse.Namespace, split: data.Split):
     cuda = device.type == "cuda"
     torch.manual_seed(args.seed)
     model = ResNet().to(device, memory_format=data.layout(device))
-    make_optimizer = OPTIMIZERS[args.optimizer](args, cuda)
-    optimizer = make_optimizer(model.parameters(), lr=args.lr0, weight_decay=args.wd)
+    kind, options = OPTIMIZERS[args.optimizer](args, cuda)
+    optimizer = kind(model.parameters(), lr=args.lr0, weight_decay=args.wd, **options)
     train_plan = partial(train_batch, model, optimizer, data.pad(split.images), split.labels)
     if cuda and not args.no_graph:
         train_plan = RecordedBatch(train_plan, optimizer, args.bs)
@@ -209,9 +207,9 @@ def load(path: Path, model: ResNet) -> dict:
 def is_complete(log_path: Path) -> bool:
     """Whether the log ends with a whole line of the last iteration, with a test accuracy."""
     text = log_path.read_text(errors="replace") if log_path.exists() else ""
-    *_, last, rest = ["", *text.split("\n")]
+    last = text.splitlines()[-1] if text.endswith("\n") else ""  # without, it is cut off
     line = dict(zip(HEADER.split(","), last.split(",")))
-    return not rest and bool(line.get("test_acc")) and line["iteration"] == line["iters"]
+    return bool(line.get("test_acc")) and line["iteration"] == line["iters"]
 
 
 def lock(file) -> None:
@@ -227,16 +225,16 @@ def lock(file) -> None:
 
 # ---- a run ---------------------------------------------------------------------------------------
 def resume(path: Path, log, config: dict, model: ResNet, optimizer: optim.Optimizer) -> dict:
-    """Bring all to where the checkpoint is, the log included; a new run first saves one."""
+    """Bring network, optimizer and log to where the checkpoint is; a new run first saves one."""
     if not path.exists():
-        if log.tell() > len(HEADER):
+        if log.tell() > len(HEADER):  # its lines are work
             fail(f"{log.name} has no checkpoint; move it away to train it again")
         run = {"config": config, "iteration": 0, "logged": 0, "loss_sum": 0.0, "seconds": 0.0}
-        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save(path, run | states | {"lines": HEADER})
+        run |= {"lines": HEADER, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save(path, run)
     run = load(path, model)
-    if run["config"] != config:
-        fail(f"{path} was saved with {dict(run['config'].items() - config.items())}: see --device")
+    if other := dict(run["config"].items() - config.items()):
+        fail(f"{path} is of {other}: continue it there, by --device, or move it away")
     optimizer.load_state_dict(run["optimizer"])
     log.truncate(0)
     log.write(run["lines"])
@@ -255,13 +253,14 @@ def train(args: argparse.Namespace) -> None:
     if args.bs > len(train_split.labels):
         fail(f"--bs {args.bs} is more than the {len(train_split.labels)} training images", 2)
     model, optimizer, train_plan = build(args, train_split)
-    config = make_config(args) | {"precision": precision}  # what is used, not what was asked for
-    constant = ",".join(map(str, [*config.values(), processor, torch.__version__]))
-    config["device"] = device.type
+    config = make_config(args) | {"precision": precision, "device": device.type}  # as it is used
+    constant = ",".join([*(str(config[name]) for name in SETTINGS), processor, torch.__version__])
 
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with open(log_path, "a", buffering=1, newline="") as log:  # each line is written at once
         lock(log)
+        if is_complete(log_path):  # since this process first looked
+            fail(f"another process has completed {log_path}", 5)
         run = resume(ckpt_path, log, config, model, optimizer)
         start, saved_at = run["iteration"], clock()
         print(f"from iteration {start} of {args.iters}", flush=True)
@@ -286,14 +285,14 @@ def train(args: argparse.Namespace) -> None:
             next_up = "testing" if testing else f"{minutes // 60} h {minutes % 60} min left"
             print(f"{done}/{args.iters}  loss {loss:.4f}  {next_up}", flush=True)
             if logging:
-                finite, accuracy = math.isfinite(loss), ""
-                if testing and finite:
+                accuracy = ""
+                if testing and math.isfinite(loss):
                     accuracy = f"{100 * evaluate(model, test_split).float().mean():.2f}"
                     print(f"{done}/{args.iters}  test {accuracy} %", flush=True)
                 line = f"{constant},{done},{lr:.6g},{loss:.6f},{accuracy},{run['seconds']:.2f}\n"
-                if done < args.iters or not finite:  # a complete log comes after the weights
+                if done < args.iters or not accuracy:  # a complete log comes after the weights
                     log.write(line)
-                if not finite:  # no checkpoint has this line: started again, it ends here again
+                if not math.isfinite(loss):  # no checkpoint has this line: each start ends here
                     fail(f"loss {loss} at iteration {done}: try a lower --lr", 3)
                 run |= {"logged": done, "lines": run["lines"] + line}
                 loss_sum.zero_()
@@ -303,7 +302,7 @@ def train(args: argparse.Namespace) -> None:
                 saved_at = clock()
             began = clock() - run["seconds"]  # this pause was no training
 
-    model.to(memory_format=torch.contiguous_format)  # as other programs expect weights
+    model.to("cpu", memory_format=torch.contiguous_format)  # as other programs expect weights
     save(weights_path, {"config": config, "model": model.state_dict()})
     save(log_path, run["lines"].encode())  # whole, whatever happened to the file meanwhile
     ckpt_path.unlink(missing_ok=True)
@@ -332,12 +331,13 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # nothing to save
         *_, ckpt_path = run_files(args)
         start = load(ckpt_path, ResNet())["iteration"] if ckpt_path.exists() else 0
-        fail(f"stopped; the same command continues from iteration {start}", 130)
+        more = "" if args.eval else f"; the same command continues from iteration {start}"
+        fail(f"stopped{more}", 130)
     except OSError as error:
         fail(error, 4)
     except (MemoryError, RuntimeError) as error:
-        if not any(word in repr(error) for word in ("allocate", "MemoryError")):
-            raise  # a bug shows as Python shows it
+        if not any(x in repr(error).lower() for x in ("alloc", "out of memory", "memoryerror")):
+            raise  # most are bugs, but a CPU has no error of its own for memory
         fail("out of memory, a smaller --bs needs less")
 
 
