@@ -150,7 +150,7 @@ class RecordedBatch:
                 with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.loss = self.train_plan(self.plan)
             except RuntimeError as error:
-                raise RuntimeError(f"use --no-graph, recording failed: {error}") from error
+                raise RuntimeError(f"cannot record it ({error}): use --no-graph") from error
         self.plan.copy_(plan)
         self.graph.replay()
         return self.loss
